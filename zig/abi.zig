@@ -1,0 +1,477 @@
+//! The C ABI: every `pub fn` here becomes `kvz_<name>`, and nothing else is exported.
+//!
+//! Bindings never repeat a signature: `manifest.zig` reflects this file into JSON, which the library
+//! returns from `kvz_manifest`, and the Python loaders (ctypes and wasmtime) build from it.
+//! A caller's mistake is a status with a message, never an assert. Called by hosts; calls cache.zig,
+//! pool.zig, quantize.zig, threads.zig, dispatch.zig.
+
+const std = @import("std");
+const attend_file = @import("attend.zig");
+const cache_file = @import("cache.zig");
+const config_file = @import("config.zig");
+const dispatch = @import("dispatch.zig");
+const format = @import("format.zig");
+const gpa = @import("memory.zig").gpa;
+const message = @import("message.zig");
+const pool_file = @import("pool.zig");
+const quantize_file = @import("quantize.zig");
+const threads = @import("threads.zig");
+const Config = config_file.Config;
+const Input = @import("input.zig").Input;
+
+pub const version: u32 = 1;
+
+/// Values are permanent: append, never renumber.
+pub const Status = enum(i32) {
+    ok = 0,
+    out_of_memory = 1,
+    pool_exhausted = 2,
+    invalid_argument = 3,
+    not_finite = 4,
+    not_representable = 5,
+    abi_mismatch = 6,
+    foreign_buffer = 7,
+    corrupt = 8,
+};
+
+/// How a tier stores its values.
+pub const Format = enum(u32) { f32 = 0, f16 = 1, bf16 = 2, q8 = 3, q4 = 4 };
+
+/// Element type of an input array.
+pub const Dtype = enum(u32) { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
+
+pub const CacheKind = enum(u32) { two_tier = 0, pooled = 1 };
+pub const Rotation = enum(u32) { auto = 0, on = 1, off = 2 };
+pub const MaskKind = enum(u32) { none = 0, boolean = 1, additive = 2 };
+
+pub const PoolConfig = extern struct {
+    /// `@sizeOf(PoolConfig)` as the caller knows it; a shorter struct gets defaults for the rest.
+    size_bytes: u32 = @sizeOf(PoolConfig),
+    /// Free buffers kept per size class; more are given back to their slab.
+    max_free_per_class: u32 = 32,
+    /// Hard limit on bytes handed out and kept free; 0 is no limit.
+    max_bytes: u64 = 0,
+    zero_on_release: u32 = 0,
+    reserved: u32 = 0,
+};
+
+pub const PoolStats = extern struct {
+    size_bytes: u32 = @sizeOf(PoolStats),
+    reserved: u32 = 0,
+    hits: u64 = 0,
+    misses: u64 = 0,
+    allocations: u64 = 0,
+    returns: u64 = 0,
+    drops: u64 = 0,
+    /// Free buffers in the classes of 1, 4, 16, 64 and 256 KB, and in all exact page classes.
+    free_1k: u64 = 0,
+    free_4k: u64 = 0,
+    free_16k: u64 = 0,
+    free_64k: u64 = 0,
+    free_256k: u64 = 0,
+    free_pages: u64 = 0,
+    bytes_in_use: u64 = 0,
+    bytes_free: u64 = 0,
+    /// What the operating system was asked for (slabs).
+    bytes_reserved: u64 = 0,
+    /// Highest bytes_in_use so far.
+    bytes_high_water: u64 = 0,
+    max_bytes: u64 = 0,
+    /// 1 when slabs are backed by huge pages where the system grants them.
+    huge_pages: u32 = 0,
+    reserved_2: u32 = 0,
+};
+
+pub const CacheConfig = extern struct {
+    size_bytes: u32 = @sizeOf(CacheConfig),
+    kind: u32 = 0, // CacheKind
+    num_kv_heads: u32 = 8,
+    head_dim: u32 = 128,
+    value_dim: u32 = 0, // 0 is head_dim
+    tail_format: u32 = 1, // Format: f32, f16 or bf16
+    key_format: u32 = 4, // Format
+    value_format: u32 = 4, // Format
+    max_tokens: u64 = 4096,
+    tail_length: u64 = 256,
+    migration_batch: u64 = 64,
+    sink_tokens: u64 = 0,
+    tokens_per_block: u64 = 64, // pooled only
+    rotation: u32 = 0, // Rotation
+    reserved: u32 = 0,
+};
+
+/// Where the values of `cache_append` lie: strides in elements, the innermost stride is 1.
+pub const TokenLayout = extern struct {
+    size_bytes: u32 = @sizeOf(TokenLayout),
+    key_dtype: u32 = 0, // Dtype
+    value_dtype: u32 = 0, // Dtype
+    reserved: u32 = 0,
+    key_token_stride: i64 = 0,
+    key_head_stride: i64 = 0,
+    value_token_stride: i64 = 0,
+    value_head_stride: i64 = 0,
+};
+
+pub const AttendOptions = extern struct {
+    size_bytes: u32 = @sizeOf(AttendOptions),
+    causal: u32 = 1,
+    /// Keys older than `window - 1` positions before the query are not seen; 0 is no window.
+    window: u64 = 0,
+    /// 0 is none.
+    softcap: f32 = 0,
+    mask_kind: u32 = 0, // MaskKind: u8 per entry, or f32 per entry
+    /// Strides of the mask in entries; columns (live tokens, oldest first) are contiguous. 0 broadcasts.
+    mask_query_stride: i64 = 0,
+    mask_head_stride: i64 = 0,
+    mask: ?*const anyopaque = null,
+    alibi_slopes: ?*const anyopaque = null, // f32 (query heads)
+    sinks: ?*const anyopaque = null, // f32 (query heads)
+    lse: ?*anyopaque = null, // out: f32 (query tokens, query heads)
+    mass: ?*anyopaque = null, // out: f32 (query heads, live tokens)
+    /// Live tokens that `mask` and `mass` were sized for; refused if the cache holds another number by now.
+    live_tokens: u64 = 0,
+};
+
+pub const CacheStats = extern struct {
+    size_bytes: u32 = @sizeOf(CacheStats),
+    reserved: u32 = 0,
+    total_tokens: u64 = 0,
+    sink_tokens: u64 = 0,
+    store_tokens: u64 = 0,
+    tail_tokens: u64 = 0,
+    next_position: u64 = 0,
+    /// First live position that is not a sink.
+    first_position: u64 = 0,
+    /// Bytes of the pages held, slack included.
+    sink_bytes: u64 = 0,
+    store_bytes: u64 = 0,
+    tail_bytes: u64 = 0,
+    page_count: u64 = 0,
+    evicted_tokens: u64 = 0,
+    migrated_tokens: u64 = 0,
+    /// Control structures beside the pages (page tables, the cache itself).
+    overhead_bytes: u64 = 0,
+};
+
+pub const Info = extern struct {
+    size_bytes: u32 = @sizeOf(Info),
+    cpu_count: u32 = 0,
+    num_threads: u32 = 0,
+    huge_pages: u32 = 0,
+};
+
+pub const Pool = pool_file.Pool;
+pub const Cache = cache_file.Cache;
+
+// ---- memory of the core, for hosts that cannot share theirs (WebAssembly) ----
+
+/// 64-byte aligned memory, or null.
+pub fn alloc(bytes: usize) callconv(.c) ?*anyopaque {
+    const memory = gpa.alignedAlloc(u8, .@"64", @max(bytes, 1)) catch return null;
+    return memory.ptr;
+}
+
+/// Takes back what `alloc` gave for the same `bytes`.
+pub fn free(ptr: ?*anyopaque, bytes: usize) callconv(.c) void {
+    const memory: [*]align(64) u8 = @ptrCast(@alignCast(ptr orelse return));
+    gpa.free(memory[0..@max(bytes, 1)]);
+}
+
+// ---- pool: it lives until pool_free and until the last cache on it is freed ----
+
+pub fn pool_new(config: *const PoolConfig, out: *?*Pool) callconv(.c) Status {
+    out.* = null;
+    const given = adopt(PoolConfig, config) catch |err| return fail(err);
+    out.* = Pool.create(gpa, .{
+        .max_free_per_class = given.max_free_per_class,
+        .max_bytes = given.max_bytes,
+        .zero_on_release = given.zero_on_release != 0,
+    }) catch |err| return fail(err);
+    return .ok;
+}
+
+pub fn pool_free(pool: ?*Pool) callconv(.c) void {
+    if (pool) |p| p.release();
+}
+
+/// A buffer of the smallest class that holds `bytes`; its size comes back in `out_bytes`.
+pub fn pool_acquire(pool: *Pool, bytes: u64, out: *?*anyopaque, out_bytes: *u64) callconv(.c) Status {
+    out.* = null;
+    out_bytes.* = 0;
+    const buffer = pool.acquire(bytes) catch |err| return fail(err);
+    out.* = buffer.ptr;
+    out_bytes.* = buffer.len;
+    return .ok;
+}
+
+pub fn pool_release(pool: *Pool, buffer: ?*anyopaque) callconv(.c) Status {
+    const address: [*]u8 = @ptrCast(buffer orelse return fail(error.ForeignBuffer));
+    pool.release_buffer(address) catch |err| return fail(err);
+    return .ok;
+}
+
+/// Adds `count` free buffers of the class that holds `bytes`.
+pub fn pool_prewarm(pool: *Pool, bytes: u64, count: u64) callconv(.c) Status {
+    pool.prewarm(bytes, count) catch |err| return fail(err);
+    return .ok;
+}
+
+/// Gives the free buffers back.
+pub fn pool_clear(pool: *Pool) callconv(.c) void {
+    pool.clear();
+}
+
+pub fn pool_stats(pool: *Pool, out: *PoolStats) callconv(.c) Status {
+    return hand_out(PoolStats, out, pool.stats());
+}
+
+// ---- cache ----
+
+pub fn cache_new(config: *const CacheConfig, pool: *Pool, out: *?*Cache) callconv(.c) Status {
+    out.* = null;
+    const given = adopt(CacheConfig, config) catch |err| return fail(err);
+    const checked = Config.check(given) catch |err| return fail(err);
+    out.* = Cache.create(gpa, pool, checked) catch |err| return fail(err);
+    return .ok;
+}
+
+pub fn cache_free(cache: ?*Cache) callconv(.c) void {
+    if (cache) |c| c.destroy();
+}
+
+/// Appends `tokens` tokens, or nothing. Without a layout keys and values are f32, contiguous
+/// (token, head, dim).
+pub fn cache_append(
+    cache: *Cache,
+    keys: *const anyopaque,
+    values: *const anyopaque,
+    tokens: u64,
+    layout: ?*const TokenLayout,
+) callconv(.c) Status {
+    const config = &cache.config;
+    const given = if (layout) |l| adopt(TokenLayout, l) catch |err| return fail(err) else TokenLayout{
+        .key_token_stride = @as(i64, config.num_kv_heads) * config.head_dim,
+        .key_head_stride = config.head_dim,
+        .value_token_stride = @as(i64, config.num_kv_heads) * config.value_dim,
+        .value_head_stride = config.value_dim,
+    };
+    const k: Input = .{
+        .name = "keys",
+        .base = @intFromPtr(keys),
+        .dtype = config_file.choice(Dtype, "key_dtype", given.key_dtype) catch |err| return fail(err),
+        .token_stride = given.key_token_stride,
+        .head_stride = given.key_head_stride,
+        .dim = config.head_dim,
+    };
+    const v: Input = .{
+        .name = "values",
+        .base = @intFromPtr(values),
+        .dtype = config_file.choice(Dtype, "value_dtype", given.value_dtype) catch |err| return fail(err),
+        .token_stride = given.value_token_stride,
+        .head_stride = given.value_head_stride,
+        .dim = config.value_dim,
+    };
+    cache.append(k, v, tokens) catch |err| return fail(err);
+    return .ok;
+}
+
+/// Attention of the newest `query_tokens` tokens: query (query_tokens, query_heads, head_dim) to
+/// out (query_tokens, query_heads, value_dim).
+pub fn cache_attend(
+    cache: *Cache,
+    query: [*]const f32,
+    query_tokens: u32,
+    query_heads: u32,
+    scale: f32,
+    options: ?*const AttendOptions,
+    out: [*]f32,
+) callconv(.c) Status {
+    const given = if (options) |o| adopt(AttendOptions, o) catch |err| return fail(err) else AttendOptions{};
+    const request: attend_file.Request = .{
+        .query = query,
+        .query_tokens = query_tokens,
+        .query_heads = query_heads,
+        .scale = scale,
+        .options = given,
+        .mask_kind = if (given.mask == null) .none else config_file.choice(MaskKind, "mask_kind", given.mask_kind) catch |err| return fail(err),
+        .out = out,
+    };
+    attend_file.attend(cache, &request) catch |err| return fail(err);
+    return .ok;
+}
+
+/// De-quantized rows of `tokens` live tokens from index `first` on (oldest first), each (tokens, heads, dim).
+pub fn cache_get(cache: *Cache, first: u64, tokens: u64, keys: [*]f32, values: [*]f32) callconv(.c) Status {
+    cache.get(first, tokens, keys, values) catch |err| return fail(err);
+    return .ok;
+}
+
+/// Removes the newest `tokens` tokens; says how many there were.
+pub fn cache_trim(cache: *Cache, tokens: u64, out_trimmed: *u64) callconv(.c) Status {
+    out_trimmed.* = 0;
+    out_trimmed.* = cache.trim(tokens) catch |err| return fail(err);
+    return .ok;
+}
+
+pub fn cache_clear(cache: *Cache) callconv(.c) Status {
+    cache.clear() catch |err| return fail(err);
+    return .ok;
+}
+
+pub fn cache_stats(cache: *Cache, out: *CacheStats) callconv(.c) Status {
+    var stats: CacheStats = .{};
+    cache.stats(&stats);
+    return hand_out(CacheStats, out, stats);
+}
+
+/// `corrupt` with a message where an invariant does not hold.
+pub fn cache_check(cache: *Cache) callconv(.c) Status {
+    cache.check() catch |err| return fail(err);
+    return .ok;
+}
+
+/// A hash of all that is stored; equal digests mean equal states.
+pub fn cache_digest(cache: *Cache, out: *u64) callconv(.c) Status {
+    out.* = cache.digest();
+    return .ok;
+}
+
+// ---- quantization by itself: rows of `dim` f32, packed as key pages of 64 rows ----
+
+pub fn quantized_bytes(format_code: u32, rows: u64, dim: u32, out: *u64) callconv(.c) Status {
+    out.* = 0;
+    const half = half_of(format_code, dim, 0) catch |err| return fail(err);
+    out.* = quantize_file.bytes(half, rows) catch |err| return fail(err);
+    return .ok;
+}
+
+pub fn quantize(format_code: u32, rotate: u32, source: [*]const f32, rows: u64, dim: u32, target: [*]u8) callconv(.c) Status {
+    const half = half_of(format_code, dim, rotate) catch |err| return fail(err);
+    const input: Input = .{
+        .name = "x",
+        .base = @intFromPtr(source),
+        .dtype = .f32,
+        .token_stride = dim,
+        .head_stride = dim,
+        .dim = dim,
+    };
+    input.validate(rows, 1, @import("input.zig").limit_of(half)) catch |err| return fail(err);
+    const row = gpa.alignedAlloc(f32, .@"64", half.dim_stored()) catch |err| return fail(err);
+    defer gpa.free(row);
+    quantize_file.pack(half, source, @intCast(rows), target, row);
+    return .ok;
+}
+
+pub fn dequantize(format_code: u32, rotate: u32, source: [*]const u8, rows: u64, dim: u32, target: [*]f32) callconv(.c) Status {
+    const half = half_of(format_code, dim, rotate) catch |err| return fail(err);
+    const row = gpa.alignedAlloc(f32, .@"64", half.dim_stored()) catch |err| return fail(err);
+    defer gpa.free(row);
+    quantize_file.unpack(half, source, @intCast(rows), target, row);
+    return .ok;
+}
+
+fn half_of(format_code: u32, dim: u32, rotate: u32) error{InvalidArgument}!format.Half {
+    const f = try config_file.choice(Format, "format", format_code);
+    if (dim == 0 or dim > 1 << 24) {
+        message.set("dim is {d}; expected 1 to {d}", .{ dim, 1 << 24 });
+        return error.InvalidArgument;
+    }
+    return quantize_file.half_of(f, dim, rotate != 0);
+}
+
+// ---- process ----
+
+pub fn set_num_threads(count: u32) callconv(.c) Status {
+    if (count == 0 or count > threads.count_max) {
+        message.set("the number of threads is {d}; expected 1 to {d}", .{ count, threads.count_max });
+        return fail(error.InvalidArgument);
+    }
+    threads.set_thread_count(count);
+    return .ok;
+}
+
+/// Name of the kernels in use.
+pub fn isa() callconv(.c) [*:0]const u8 {
+    return dispatch.current().name.ptr;
+}
+
+/// Names of the kernels that this CPU could run, best first; null ends the list.
+pub fn isa_available(index: u32) callconv(.c) ?[*:0]const u8 {
+    const level = dispatch.nth_supported(index) orelse return null;
+    return level.name.ptr;
+}
+
+pub fn isa_select(name: [*:0]const u8) callconv(.c) Status {
+    dispatch.select(std.mem.span(name)) catch |err| return fail(err);
+    return .ok;
+}
+
+pub fn info(out: *Info) callconv(.c) Status {
+    return hand_out(Info, out, .{
+        .cpu_count = threads.cpu_count(),
+        .num_threads = @intCast(threads.thread_count()),
+    });
+}
+
+/// The message of this thread's latest failure; valid until its next failure.
+pub fn last_error() callconv(.c) [*:0]const u8 {
+    return message.last();
+}
+
+/// This ABI as JSON.
+pub fn manifest() callconv(.c) [*:0]const u8 {
+    return @import("manifest.zig").json;
+}
+
+// ---- errors and sized structs ----
+
+const Error = error{
+    OutOfMemory,
+    PoolExhausted,
+    InvalidArgument,
+    NotFinite,
+    NotRepresentable,
+    AbiMismatch,
+    ForeignBuffer,
+    Corrupt,
+    UnknownIsa,
+};
+
+/// The one place where an error becomes a code, and a sentence where none was said. The switch is
+/// exhaustive, so a new error does not compile until it is mapped.
+fn fail(err: Error) Status {
+    const status: Status, const text: []const u8 = switch (err) {
+        error.OutOfMemory => .{ .out_of_memory, "the system has no memory left for this" },
+        error.PoolExhausted => .{ .pool_exhausted, "the pool's byte limit leaves no room for this" },
+        error.InvalidArgument => .{ .invalid_argument, "an argument is out of range" },
+        error.NotFinite => .{ .not_finite, "a value is NaN or infinite" },
+        error.NotRepresentable => .{ .not_representable, "a value is too large for its precision" },
+        error.AbiMismatch => .{ .abi_mismatch, "a struct's size_bytes is not one that this library knows" },
+        error.ForeignBuffer => .{ .foreign_buffer, "the buffer is not one that this pool has handed out" },
+        error.Corrupt => .{ .corrupt, "an invariant does not hold" },
+        error.UnknownIsa => .{ .invalid_argument, "no such ISA in this library, or not on this CPU" },
+    };
+    message.settle(text);
+    return status;
+}
+
+/// The caller's (maybe older, shorter) struct over this build's defaults.
+fn adopt(comptime T: type, given: *const T) error{AbiMismatch}!T {
+    var full: T = .{};
+    if (given.size_bytes > @sizeOf(T) or given.size_bytes < @sizeOf(u32)) return error.AbiMismatch;
+    const source: [*]const u8 = @ptrCast(given);
+    @memcpy(std.mem.asBytes(&full)[0..given.size_bytes], source[0..given.size_bytes]);
+    full.size_bytes = @sizeOf(T);
+    return full;
+}
+
+/// As much of `value` as the caller's `out.size_bytes` has room for.
+fn hand_out(comptime T: type, out: *T, value: T) Status {
+    const size = out.size_bytes;
+    if (size < @sizeOf(u32)) return fail(error.AbiMismatch);
+    const target: [*]u8 = @ptrCast(out);
+    const known = @min(size, @sizeOf(T));
+    @memcpy(target[0..known], std.mem.asBytes(&value)[0..known]);
+    out.size_bytes = known;
+    return .ok;
+}

@@ -1,0 +1,430 @@
+//! START HERE. The two-tier cache (and, with an empty store, the pooled one): which token is where, and
+//! when it moves. The walk of a token:
+//!
+//! `append` checks the input and reserves every page it will need; new rows go to the **tail** (or the
+//! **sinks**, or, in a long append, straight to the store); `migrate` takes whole batches of the oldest
+//! tail tokens, encode.zig packs them into pages of the **store**; attend.zig walks sinks, store and
+//! tail with the kernels, on the packed bytes, merging with a running softmax; eviction, `trim` and
+//! `clear` give pages back to the **pool**.
+//!
+//! The state depends on the token stream alone, however it was cut into appends. An operation happens
+//! wholly or not at all. Called by abi.zig; calls tier.zig, encode.zig, pool.zig.
+const std = @import("std");
+const assert = std.debug.assert;
+const abi = @import("abi.zig");
+const dispatch = @import("dispatch.zig");
+const encode = @import("encode.zig");
+const format = @import("format.zig");
+const input_file = @import("input.zig");
+const message = @import("message.zig");
+const pool_file = @import("pool.zig");
+const rotate = @import("rotate.zig");
+const sync = @import("sync.zig");
+const tier_file = @import("tier.zig");
+const vec = @import("vec.zig");
+const Config = @import("config.zig").Config;
+const Half = format.Half;
+const Input = input_file.Input;
+const Pool = pool_file.Pool;
+const Side = format.Side;
+const Tier = tier_file.Tier;
+const Change = tier_file.Change;
+
+pub const TierName = enum(usize) { sinks = 0, store = 1, tail = 2 };
+pub const tier_count = 3;
+
+pub const Cache = struct {
+    gpa: std.mem.Allocator,
+    pool: *Pool,
+    config: Config,
+    /// Readers share it, an append has it alone.
+    lock: sync.RwLock = .{},
+    /// In the order of their positions, and of every reduction: sinks, store, tail.
+    tiers: [tier_count]Tier,
+    /// Position of the token that will be appended next.
+    next: u64 = 0,
+    /// First position that eviction has not taken (sinks aside).
+    begin: u64 = 0,
+    /// Positions below this migrated to the store. It never falls but by `trim` and `clear`.
+    boundary: u64 = 0,
+    evicted: u64 = 0,
+    migrated: u64 = 0,
+    /// Rows on their way into a page: (64, dim) f32, for keys and values in turn.
+    rows: []align(64) f32,
+    /// Largest magnitudes that every tier can hold.
+    key_limit: f32,
+    value_limit: f32,
+
+    pub fn create(gpa: std.mem.Allocator, pool: *Pool, config: Config) error{OutOfMemory}!*Cache {
+        const cache = try gpa.create(Cache);
+        errdefer gpa.destroy(cache);
+        const tiers = config.tiers();
+        const dim_max = std.mem.alignForward(usize, @max(config.head_dim, config.value_dim), format.group);
+        const rows = try gpa.alignedAlloc(f32, .@"64", format.page_tokens * dim_max);
+        cache.* = .{
+            .gpa = gpa,
+            .pool = pool,
+            .config = config,
+            .tiers = tiers,
+            .rows = rows,
+            .key_limit = std.math.floatMax(f32),
+            .value_limit = std.math.floatMax(f32),
+        };
+        for (tiers, 0..) |tier, t| {
+            if (config.kind == .pooled and t == @backingInt(TierName.store)) continue; // always empty
+            cache.key_limit = @min(cache.key_limit, input_file.limit_of(tier.key));
+            cache.value_limit = @min(cache.value_limit, input_file.limit_of(tier.value));
+        }
+        pool.retain();
+        return cache;
+    }
+
+    pub fn destroy(cache: *Cache) void {
+        for (&cache.tiers) |*tier| tier.deinit(cache.gpa, cache.pool);
+        cache.pool.release();
+        cache.gpa.free(cache.rows);
+        cache.gpa.destroy(cache);
+    }
+
+    pub fn tier_of(cache: *Cache, name: TierName) *Tier {
+        return &cache.tiers[@backingInt(name)];
+    }
+
+    pub fn len(cache: *const Cache) u64 {
+        var tokens: u64 = 0;
+        for (cache.tiers) |tier| tokens += tier.tokens();
+        return tokens;
+    }
+
+    // ---- append ----
+
+    /// Where everything is after an append.
+    const Plan = struct { next: u64, begin: u64, boundary: u64 };
+
+    /// The tier rule: batches aligned to position 0 migrate as soon as `tail_length` newer tokens exist;
+    /// the oldest tokens beyond `max_tokens` go, sinks never.
+    fn plan(cache: *const Cache, tokens: u64) Plan {
+        const config = &cache.config;
+        const next = cache.next + tokens;
+        var after: Plan = .{ .next = next, .begin = cache.begin, .boundary = cache.boundary };
+        if (config.kind == .two_tier and next >= config.tail_length) {
+            const batches = (next - config.tail_length) / config.migration_batch;
+            after.boundary = @max(after.boundary, batches * config.migration_batch);
+        }
+        if (next > config.max_tokens) {
+            after.begin = @max(after.begin, next - (config.max_tokens - config.sink_tokens));
+        }
+        return after;
+    }
+
+    fn bounds(cache: *const Cache, after: Plan) [tier_count][2]u64 {
+        const sinks_end = @min(cache.config.sink_tokens, after.next);
+        const body = @min(@max(after.begin, sinks_end), after.next);
+        const store_end = @max(body, @min(after.boundary, after.next));
+        return .{ .{ 0, sinks_end }, .{ body, store_end }, .{ store_end, after.next } };
+    }
+
+    /// Appends `tokens` tokens, or changes nothing.
+    pub fn append(cache: *Cache, keys: Input, values: Input, tokens: u64) !void {
+        cache.lock.lock();
+        defer cache.lock.unlock();
+        if (tokens == 0) return;
+        if (tokens > std.math.maxInt(u48) - cache.next) {
+            message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
+            return error.InvalidArgument;
+        }
+        try keys.validate(tokens, cache.config.num_kv_heads, cache.key_limit);
+        try values.validate(tokens, cache.config.num_kv_heads, cache.value_limit);
+
+        const after = cache.plan(tokens);
+        const moved = cache.bounds(after);
+        var changes: [tier_count]Change = undefined;
+        var reserved: usize = 0;
+        errdefer for (0..reserved) |t| cache.tiers[t].cancel(cache.gpa, cache.pool, &changes[t]);
+        for (&cache.tiers, moved, &changes) |*tier, bound, *change| {
+            change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1]);
+            reserved += 1;
+        }
+
+        // From here on nothing can fail.
+        const live_before = cache.len();
+        const source: Source = .{ .keys = keys, .values = values, .first = cache.next };
+        const sinks = cache.tier_of(.sinks);
+        const sinks_before = sinks.end;
+        sinks.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.sinks)]);
+        cache.fill(sinks, sinks_before, sinks.end, source);
+
+        const store = cache.tier_of(.store);
+        const stored_before = store.end;
+        store.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.store)]);
+        // The tail still holds what it held: the batches that migrate are read from there.
+        cache.fill(store, @max(stored_before, store.start), store.end, source);
+
+        const tail = cache.tier_of(.tail);
+        tail.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.tail)]);
+        cache.fill(tail, @max(cache.next, tail.start), tail.end, source);
+
+        cache.migrated += store.end - @min(store.end, @max(stored_before, sinks.end));
+        cache.evicted += live_before + tokens - cache.len();
+        cache.next = after.next;
+        cache.begin = after.begin;
+        cache.boundary = after.boundary;
+    }
+
+    /// The rows of an append: the caller's from position `first` on, the tail's before.
+    const Source = struct { keys: Input, values: Input, first: u64 };
+
+    /// Writes the positions [start, end), which `tier` already covers.
+    fn fill(cache: *Cache, tier: *Tier, start: u64, end: u64, source: Source) void {
+        var position = start;
+        while (position < end) {
+            const number = position / tier.tokens_per_page;
+            const page_start = number * tier.tokens_per_page;
+            const slot: usize = @intCast(position - page_start);
+            const room = tier.tokens_per_page - slot;
+            const run: usize = @intCast(@min(end - position, room, format.page_tokens - slot % format.page_tokens));
+            for (0..tier.heads) |head| {
+                const page = tier.page_at(number, head);
+                cache.fill_half(.key, tier.key, tier.keys_of(page), position, slot, run, head, source);
+                cache.fill_half(.value, tier.value, tier.values_of(page), position, slot, run, head, source);
+            }
+            position += run;
+        }
+    }
+
+    fn fill_half(
+        cache: *Cache,
+        comptime side: Side,
+        half: Half,
+        base: [*]u8,
+        position: u64,
+        slot: usize,
+        run: usize,
+        head: usize,
+        source: Source,
+    ) void {
+        const table = dispatch.table();
+        const dim = half.dim_stored();
+        const rows = cache.rows[0 .. run * dim];
+        for (0..run) |i| {
+            const row = rows[i * dim ..][0..dim];
+            cache.read_row(side, position + i, head, source, row);
+            if (half.rotated) table.rotate(row.ptr, dim);
+        }
+        const f = @backingInt(half.format);
+        if (!half.quantized()) {
+            const target = base + slot * half.row_bytes();
+            table.encode_rows[f].?(&.{ .target = target, .rows = rows.ptr, .count = run, .dim = dim });
+        } else if (run == format.page_tokens) {
+            const encoder = (if (side == .key) table.encode_keys[f] else table.encode_values[f]).?;
+            encoder(&.{ .half = base, .rows = rows.ptr, .dim = dim });
+        } else for (0..run) |i| {
+            encode.encode_token(half, side, base, slot + i, rows[i * dim ..][0..dim]);
+        }
+    }
+
+    /// One row at tail precision, padded with zeros.
+    fn read_row(cache: *Cache, comptime side: Side, position: u64, head: usize, source: Source, row: []f32) void {
+        const tail = cache.tier_of(.tail);
+        if (position >= source.first) {
+            const input = if (side == .key) &source.keys else &source.values;
+            input.read(position - source.first, head, row);
+            @memset(row[input.dim..], 0);
+            round_row(tail.key.format, row);
+        } else {
+            const half = if (side == .key) tail.key else tail.value;
+            const page = tail.page_at(position / tail.tokens_per_page, head);
+            const slot: usize = @intCast(position % tail.tokens_per_page);
+            const stored = @min(row.len, half.dim_stored());
+            const base = if (side == .key) tail.keys_of(page) else tail.values_of(page);
+            encode.decode_token(half, side, base, slot, row[0..stored]);
+            @memset(row[stored..], 0);
+        }
+    }
+
+    // ---- reading back ----
+
+    /// De-quantized, un-rotated rows of `tokens` live tokens, oldest first, from index `first` on, into
+    /// (token, head, dim).
+    pub fn get(cache: *Cache, first: u64, tokens: u64, keys: [*]f32, values: [*]f32) error{InvalidArgument}!void {
+        cache.lock.lockShared();
+        defer cache.lock.unlockShared();
+        const live = cache.len();
+        if (first > live or tokens > live - first) {
+            message.set("tokens [{d}, {d}) asked of {d} live tokens", .{ first, first +| tokens, live });
+            return error.InvalidArgument;
+        }
+        const config = &cache.config;
+        var index: u64 = 0;
+        for (&cache.tiers) |*tier| {
+            defer index += tier.tokens();
+            const from = @max(first, index);
+            const to = @min(first + tokens, index + tier.tokens());
+            var i = from;
+            while (i < to) : (i += 1) for (0..tier.heads) |head| {
+                const row: usize = @intCast((i - first) * config.num_kv_heads + head);
+                const position = tier.start + (i - index);
+                read_back(tier, .key, position, head, keys[row * config.head_dim ..][0..config.head_dim]);
+                read_back(tier, .value, position, head, values[row * config.value_dim ..][0..config.value_dim]);
+            };
+        }
+    }
+
+    fn read_back(tier: *const Tier, comptime side: Side, position: u64, head: usize, target: []f32) void {
+        const half = if (side == .key) tier.key else tier.value;
+        const page = tier.page_at(position / tier.tokens_per_page, head);
+        const base = if (side == .key) tier.keys_of(page) else tier.values_of(page);
+        var row: [Config.dim_max]f32 = undefined;
+        const stored = row[0..half.dim_stored()];
+        encode.decode_token(half, side, base, @intCast(position % tier.tokens_per_page), stored);
+        if (half.rotated) rotate.rotate(stored);
+        @memcpy(target, stored[0..target.len]);
+    }
+
+    // ---- taking back ----
+
+    /// Removes the newest `tokens` live tokens; returns how many there were to remove. What stays keeps
+    /// its bits and its tier.
+    pub fn trim(cache: *Cache, tokens: u64) error{OutOfMemory}!u64 {
+        cache.lock.lock();
+        defer cache.lock.unlock();
+        const removed = @min(tokens, cache.len());
+        const sinks = cache.tier_of(.sinks);
+        const body = cache.len() - sinks.tokens();
+        var after: Plan = .{ .next = cache.next - @min(removed, body), .begin = cache.begin, .boundary = cache.boundary };
+        if (removed > body) after.next = sinks.end - (removed - body);
+        after.begin = @min(after.begin, after.next);
+        after.boundary = @min(after.boundary, after.next);
+        try cache.shrink(after);
+        return removed;
+    }
+
+    pub fn clear(cache: *Cache) error{OutOfMemory}!void {
+        cache.lock.lock();
+        defer cache.lock.unlock();
+        try cache.shrink(.{ .next = 0, .begin = 0, .boundary = 0 });
+        cache.evicted = 0;
+        cache.migrated = 0;
+    }
+
+    fn shrink(cache: *Cache, after: Plan) error{OutOfMemory}!void {
+        const moved = cache.bounds(after);
+        var changes: [tier_count]Change = undefined;
+        var reserved: usize = 0;
+        errdefer for (0..reserved) |t| cache.tiers[t].cancel(cache.gpa, cache.pool, &changes[t]);
+        for (&cache.tiers, moved, &changes) |*tier, bound, *change| {
+            change.* = tier.reserve(cache.gpa, cache.pool, bound[0], bound[1]) catch return error.OutOfMemory;
+            assert(change.added == 0);
+            reserved += 1;
+        }
+        for (&cache.tiers, &changes) |*tier, *change| tier.commit(cache.gpa, cache.pool, change);
+        cache.next = after.next;
+        cache.begin = after.begin;
+        cache.boundary = after.boundary;
+    }
+
+    // ---- looking ----
+
+    pub fn stats(cache: *Cache, out: *abi.CacheStats) void {
+        cache.lock.lockShared();
+        defer cache.lock.unlockShared();
+        const sinks, const store, const tail = .{ &cache.tiers[0], &cache.tiers[1], &cache.tiers[2] };
+        out.* = .{
+            .total_tokens = cache.len(),
+            .sink_tokens = sinks.tokens(),
+            .store_tokens = store.tokens(),
+            .tail_tokens = tail.tokens(),
+            .next_position = cache.next,
+            .first_position = store.start,
+            .sink_bytes = sinks.page_count() * sinks.page_bytes(),
+            .store_bytes = store.page_count() * store.page_bytes(),
+            .tail_bytes = tail.page_count() * tail.page_bytes(),
+            .page_count = sinks.page_count() + store.page_count() + tail.page_count(),
+            .evicted_tokens = cache.evicted,
+            .migrated_tokens = cache.migrated,
+            .overhead_bytes = @sizeOf(Cache) + cache.rows.len * @sizeOf(f32),
+        };
+        for (cache.tiers) |tier| out.overhead_bytes += tier.pages.capacity * @sizeOf(tier_file.Page);
+    }
+
+    /// Whether every invariant holds; the message names the first that does not.
+    pub fn check(cache: *Cache) error{Corrupt}!void {
+        cache.lock.lockShared();
+        defer cache.lock.unlockShared();
+        for (&cache.tiers, [_][]const u8{ "sinks", "store", "tail" }) |*tier, name| {
+            if (tier.consistent()) continue;
+            message.set("the page table of the {s} does not match its positions", .{name});
+            return error.Corrupt;
+        }
+        const sinks, const store, const tail = .{ &cache.tiers[0], &cache.tiers[1], &cache.tiers[2] };
+        const in_order = sinks.start == 0 and sinks.end <= store.start and
+            store.end == tail.start and tail.end == cache.next and sinks.end <= cache.config.sink_tokens;
+        if (!in_order or cache.len() > cache.config.max_tokens or cache.boundary > cache.next) {
+            message.set("tiers are not in order: sinks [0, {d}), store [{d}, {d}), tail [{d}, {d}), next {d}", .{
+                sinks.end, store.start, store.end, tail.start, tail.end, cache.next,
+            });
+            return error.Corrupt;
+        }
+    }
+
+    /// A hash of every bit that is stored of live tokens, of their positions and tiers. Equal digests
+    /// mean equal states; pages' dead slots do not count.
+    pub fn digest(cache: *Cache) u64 {
+        cache.lock.lockShared();
+        defer cache.lock.unlockShared();
+        var hash = std.hash.XxHash64.init(0);
+        hash_int(&hash, cache.next);
+        hash_int(&hash, cache.boundary);
+        for (&cache.tiers) |*tier| {
+            hash_int(&hash, tier.start);
+            hash_int(&hash, tier.end);
+            for ([_]Half{ tier.key, tier.value }) |half| {
+                hash_int(&hash, @backingInt(half.format));
+                hash_int(&hash, half.dim);
+                hash_int(&hash, @intFromBool(half.rotated));
+            }
+            var position = tier.start;
+            while (position < tier.end) : (position += 1) for (0..tier.heads) |head| {
+                const page = tier.page_at(position / tier.tokens_per_page, head);
+                const slot: usize = @intCast(position % tier.tokens_per_page);
+                hash_token(&hash, tier.key, .key, tier.keys_of(page), slot);
+                hash_token(&hash, tier.value, .value, tier.values_of(page), slot);
+            };
+        }
+        return hash.final();
+    }
+};
+
+fn hash_int(hash: *std.hash.XxHash64, x: u64) void {
+    hash.update(&std.mem.toBytes(std.mem.nativeToLittle(u64, x)));
+}
+
+/// The stored bits of one token: its row, or its codes and scales.
+fn hash_token(hash: *std.hash.XxHash64, half: Half, comptime side: Side, base: [*]const u8, slot: usize) void {
+    switch (half.format) {
+        inline else => |tag| {
+            const T = format.all[@backingInt(tag)];
+            if (!T.quantized) return hash.update(base[slot * half.row_bytes() ..][0..half.row_bytes()]);
+            for (0..half.groups()) |g| {
+                const scale = half.scales(base)[g * format.page_tokens + slot];
+                var codes: [format.group]u8 = undefined;
+                for (&codes, 0..) |*code, i| code.* = T.get(side, base, slot, g * format.group + i);
+                hash.update(std.mem.asBytes(&scale));
+                hash.update(&codes);
+            }
+        },
+    }
+}
+
+/// What the tail makes of a row.
+fn round_row(tail_format: format.Format, row: []f32) void {
+    var i: usize = 0;
+    while (i < row.len) : (i += vec.lanes) {
+        const x = vec.load(vec.F, row.ptr + i);
+        vec.store(row.ptr + i, switch (tail_format) {
+            .f16 => vec.from_f16(16, vec.to_f16(16, x)),
+            .bf16 => vec.from_bf16(16, vec.to_bf16(16, x)),
+            else => x,
+        });
+    }
+}

@@ -1,0 +1,192 @@
+//! Writes tokens into pages: rows of f32 become rows of f16, or packed codes and scales. Called by
+//! cache.zig through the kernel table (whole pages) and directly (single tokens, reading back).
+const std = @import("std");
+const vec = @import("vec.zig");
+const format = @import("format.zig");
+const rotate = @import("rotate.zig");
+const F = vec.F;
+const U = vec.U;
+const Half = format.Half;
+const Side = format.Side;
+
+/// 64 rows of f32, padded with zeros to the stored dimension, rotated where the half is rotated.
+pub const PageArgs = extern struct {
+    half: [*]u8,
+    rows: [*]const f32, // (64, dim)
+    dim: usize,
+};
+
+/// Packs a whole page of 64 tokens.
+pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs) void {
+    const groups = args.dim / format.group;
+    const scales: [*]f16 = @ptrCast(@alignCast(args.half + args.dim * format.page_tokens * T.bits / 8));
+    for (0..groups) |g| {
+        var inverses: [format.page_tokens]f32 = undefined;
+        for (0..format.blocks_per_page) |block| {
+            const inverse = encode_scales(T, args, g, block, scales);
+            vec.store(@as([*]f32, &inverses) + block * 16, inverse);
+        }
+        if (side == .key) encode_key_group(T, args, g, &inverses) else encode_value_group(T, args, g, &inverses);
+    }
+}
+
+/// Stores the scales of 16 tokens in a group; returns their inverses.
+fn encode_scales(comptime T: type, args: *const PageArgs, g: usize, block: usize, scales: [*]f16) F {
+    @setEvalBranchQuota(100_000); // everything below is unrolled
+    var tops: [vec.lanes]F = undefined;
+    var bottoms: [vec.lanes]F = undefined;
+    inline for (0..vec.lanes) |t| {
+        const row = args.rows + (block * 16 + t) * args.dim + g * format.group;
+        const a = vec.load(F, row);
+        const b = vec.load(F, row + vec.lanes);
+        tops[t] = vec.max(a, b);
+        bottoms[t] = vec.max(-a, -b);
+    }
+    const scale = T.scale(vec.reduce_each(.max, &tops), -vec.reduce_each(.max, &bottoms));
+    vec.store(scales + g * format.page_tokens + block * 16, scale);
+    return T.inverse(vec.from_f16(16, scale));
+}
+
+const code_mask = struct {
+    fn of(comptime T: type) U {
+        return @splat((1 << T.bits) - 1);
+    }
+};
+
+/// Four tokens at a time: 16 dims of each become four words, transposed so that stores are 16 bytes.
+fn encode_key_group(comptime T: type, args: *const PageArgs, g: usize, inverses: *const [format.page_tokens]f32) void {
+    @setEvalBranchQuota(100_000); // everything below is unrolled
+    const run_bytes = format.page_tokens * 4;
+    const loads = format.group / 4 / T.chunks_per_load;
+    var slot: usize = 0;
+    while (slot < format.page_tokens) : (slot += 4) {
+        inline for (0..2) |h| {
+            var words: [4]@Vector(4, u32) = undefined;
+            inline for (0..4) |t| {
+                const x = vec.load(F, args.rows + (slot + t) * args.dim + g * format.group + h * vec.lanes);
+                const codes = T.encode(x, vec.splat(inverses[slot + t])) & code_mask.of(T);
+                words[t] = @bitCast(@as(@Vector(16, u8), @truncate(codes)));
+            }
+            const joined = std.simd.join(std.simd.join(words[0], words[1]), std.simd.join(words[2], words[3]));
+            const chunk_major: U = @shuffle(u32, joined, undefined, [16]i32{ 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 });
+            inline for (0..4 / T.chunks_per_load) |k| {
+                const load_index = g * loads + (h * 4) / T.chunks_per_load + k;
+                const target = args.half + load_index * run_bytes + slot * 4;
+                if (T.bits == 8) {
+                    vec.store(target, std.simd.extract(chunk_major, k * 4, 4));
+                } else {
+                    const low = std.simd.extract(chunk_major, k * 8, 4);
+                    const high = std.simd.extract(chunk_major, k * 8 + 4, 4);
+                    vec.store(target, low | (high << @splat(4)));
+                }
+            }
+        }
+    }
+}
+
+fn encode_value_group(comptime T: type, args: *const PageArgs, g: usize, inverses: *const [format.page_tokens]f32) void {
+    const loads = format.block_slots / T.chunks_per_load;
+    for (0..loads) |l| {
+        inline for (0..2) |h| {
+            var words: U = @splat(0);
+            inline for (0..T.chunks_per_load) |which| inline for (0..4) |k| {
+                const slot = l * T.chunks_per_load + which + 16 * k;
+                const x = vec.load(F, args.rows + slot * args.dim + g * format.group + h * vec.lanes);
+                const codes = T.encode(x, vec.splat(inverses[slot])) & code_mask.of(T);
+                words |= codes << @splat(8 * k + 4 * which);
+            };
+            vec.store(args.half + (g * loads + l) * format.group * 4 + h * 64, words);
+        }
+    }
+}
+
+pub const RowsArgs = extern struct {
+    target: [*]u8,
+    rows: [*]const f32, // (count, dim)
+    count: usize,
+    dim: usize,
+};
+
+/// Floating-point rows, token after token.
+pub fn encode_rows(comptime T: type, args: *const RowsArgs) void {
+    var i: usize = 0;
+    while (i < args.count * args.dim) : (i += vec.lanes) {
+        T.store(args.target + i * @sizeOf(T.Element), vec.load(F, args.rows + i));
+    }
+}
+
+/// Packs one token's row (padded, rotated) into `slot`; the same bits as `encode_page` gives.
+pub fn encode_token(half: Half, comptime side: Side, base: [*]u8, slot: usize, row: []const f32) void {
+    switch (half.format) {
+        inline else => |tag| {
+            const T = format.all[@backingInt(tag)];
+            if (!T.quantized) {
+                const at = base + slot * half.row_bytes();
+                return encode_rows(T, &.{ .target = at, .rows = row.ptr, .count = 1, .dim = row.len });
+            }
+            const scales: [*]f16 = @constCast(half.scales(base));
+            for (0..row.len / format.group) |g| {
+                const a = vec.load(F, row.ptr + g * format.group);
+                const b = vec.load(F, row.ptr + g * format.group + vec.lanes);
+                const top = vec.reduce(.max, vec.max(a, b));
+                const bottom = -vec.reduce(.max, vec.max(-a, -b));
+                const scale = T.scale(vec.splat(top), vec.splat(bottom));
+                scales[g * format.page_tokens + slot] = scale[0];
+                const inverse = T.inverse(vec.from_f16(16, scale));
+                inline for (.{ a, b }, 0..) |x, h| {
+                    const codes: [vec.lanes]u32 = T.encode(x, inverse) & code_mask.of(T);
+                    for (codes, 0..) |code, i| {
+                        T.set(side, base, slot, g * format.group + h * vec.lanes + i, @truncate(code));
+                    }
+                }
+            }
+        },
+    }
+}
+
+/// The values of one token as stored (still rotated) into `row` of the stored dimension.
+pub fn decode_token(half: Half, comptime side: Side, base: [*]const u8, slot: usize, row: []f32) void {
+    switch (half.format) {
+        inline else => |tag| {
+            const T = format.all[@backingInt(tag)];
+            if (!T.quantized) {
+                const at = base + slot * half.row_bytes();
+                var i: usize = 0;
+                while (i < row.len) : (i += vec.lanes) vec.store(row.ptr + i, T.load(at + i * @sizeOf(T.Element)));
+                return;
+            }
+            const scales = half.scales(base);
+            for (row, 0..) |*x, dim| {
+                const scale = vec.from_f16(1, .{scales[dim / format.group * format.page_tokens + slot]})[0];
+                x.* = T.value(T.get(side, base, slot, dim)) * scale;
+            }
+        },
+    }
+}
+
+test "a page packed at once and token by token has the same bytes and values within half a step" {
+    var prng = std.Random.DefaultPrng.init(11);
+    const dim = 96;
+    var rows: [format.page_tokens * dim]f32 = undefined;
+    for (&rows) |*x| x.* = prng.random().floatNorm(f32);
+    @memset(rows[5 * dim ..][0..dim], 0);
+    inline for (.{ format.Format.q8, format.Format.q4 }) |tag| inline for (.{ Side.key, Side.value }) |side| {
+        const T = format.all[@backingInt(tag)];
+        const half: Half = .{ .format = tag, .dim = dim, .slots = 64, .rotated = false };
+        var whole: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
+        var single: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
+        encode_page(T, side, &.{ .half = &whole, .rows = &rows, .dim = dim });
+        for (0..format.page_tokens) |t| encode_token(half, side, &single, t, rows[t * dim ..][0..dim]);
+        try std.testing.expectEqualSlices(u8, &single, &whole);
+        for (0..format.page_tokens) |t| {
+            var row: [dim]f32 = undefined;
+            decode_token(half, side, &whole, t, &row);
+            for (0..dim) |d| {
+                const scale = @abs(half.scales(&whole)[d / 32 * 64 + t]);
+                // q4 may clamp the value opposite to the largest one by a whole step.
+                const bound: f32 = if (tag == .q4) 1.01 else 0.51;
+                try std.testing.expectApproxEqAbs(rows[t * dim + d], row[d], bound * @as(f32, scale) + 1e-7);
+            }
+        }
+    };
+}

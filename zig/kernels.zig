@@ -1,0 +1,100 @@
+//! The kernel table: everything that is compiled once per instruction set, as function pointers. Its
+//! functions are generic over the formats in `format.all` and over the number of query rows. Filled by
+//! isa.zig, picked by dispatch.zig, called by attend.zig and cache.zig.
+const abi = @import("abi.zig");
+const format = @import("format.zig");
+const prepare = @import("prepare.zig");
+const score = @import("score.zig");
+const softmax = @import("softmax.zig");
+const accumulate = @import("accumulate.zig");
+const encode = @import("encode.zig");
+const rotate = @import("rotate.zig");
+
+/// Sizes of row blocks that have kernels of their own.
+pub const row_counts = [_]usize{ 1, 2, 4 };
+
+pub const ScoreFn = *const fn (*const score.ScoreArgs) callconv(.c) void;
+pub const AccumulateFn = *const fn (*const accumulate.AccumulateArgs) callconv(.c) void;
+pub const PageFn = *const fn (*const encode.PageArgs) callconv(.c) void;
+pub const RowsFn = *const fn (*const encode.RowsArgs) callconv(.c) void;
+
+pub const Table = extern struct {
+    prepare: [format.count]*const fn (*const prepare.PrepareArgs) callconv(.c) void,
+    score: [format.count][row_counts.len]ScoreFn,
+    adjust: *const fn (*const softmax.AdjustArgs) callconv(.c) void,
+    update: *const fn (*const softmax.UpdateArgs) callconv(.c) void,
+    add_mass: *const fn (*const softmax.MassArgs) callconv(.c) void,
+    accumulate: [format.count][row_counts.len]AccumulateFn,
+    /// Quantized formats only.
+    encode_keys: [format.count]?PageFn,
+    encode_values: [format.count]?PageFn,
+    /// Floating-point formats only.
+    encode_rows: [format.count]?RowsFn,
+    rotate: *const fn ([*]f32, usize) callconv(.c) void,
+
+    /// Index into the row dimension for a block of `rows` rows.
+    pub fn row_index(rows: usize) usize {
+        return switch (rows) {
+            1 => 0,
+            2 => 1,
+            else => 2,
+        };
+    }
+};
+
+pub const table: Table = fill();
+
+fn fill() Table {
+    var t: Table = undefined;
+    t.adjust = &adapt(softmax.AdjustArgs, softmax.adjust).call;
+    t.update = &adapt(softmax.UpdateArgs, softmax.update).call;
+    t.add_mass = &adapt(softmax.MassArgs, softmax.add_mass).call;
+    t.rotate = &rotate_row;
+    for (format.all, 0..) |T, f| {
+        t.prepare[f] = &struct {
+            fn call(args: *const prepare.PrepareArgs) callconv(.c) void {
+                prepare.prepare(T, args);
+            }
+        }.call;
+        for (row_counts, 0..) |rows, r| {
+            t.score[f][r] = &struct {
+                fn call(args: *const score.ScoreArgs) callconv(.c) void {
+                    score.score(T, rows, args);
+                }
+            }.call;
+            t.accumulate[f][r] = &struct {
+                fn call(args: *const accumulate.AccumulateArgs) callconv(.c) void {
+                    accumulate.accumulate(T, rows, args);
+                }
+            }.call;
+        }
+        t.encode_keys[f] = if (T.quantized) &page_encoder(T, .key).call else null;
+        t.encode_values[f] = if (T.quantized) &page_encoder(T, .value).call else null;
+        t.encode_rows[f] = if (T.quantized) null else &struct {
+            fn call(args: *const encode.RowsArgs) callconv(.c) void {
+                encode.encode_rows(T, args);
+            }
+        }.call;
+    }
+    return t;
+}
+
+fn adapt(comptime Args: type, comptime function: fn (*const Args) void) type {
+    return struct {
+        fn call(args: *const Args) callconv(.c) void {
+            function(args);
+        }
+    };
+}
+
+fn page_encoder(comptime T: type, comptime side: format.Side) type {
+    return struct {
+        fn call(args: *const encode.PageArgs) callconv(.c) void {
+            encode.encode_page(T, side, args);
+        }
+    };
+}
+
+fn rotate_row(row: [*]f32, len: usize) callconv(.c) void {
+    rotate.rotate(row[0..len]);
+}

@@ -1,0 +1,46 @@
+//! Library root: exports what `abi.zig` declares, once, for native and WebAssembly alike, and names
+//! every file with tests.
+const std = @import("std");
+const abi = @import("abi.zig");
+
+comptime {
+    @setEvalBranchQuota(10_000);
+    for (@typeInfo(abi).@"struct".decl_names) |name| {
+        const declaration = @field(abi, name);
+        if (@typeInfo(@TypeOf(declaration)) == .@"fn") @export(&declaration, .{ .name = "kvz_" ++ name });
+    }
+}
+
+/// Nothing is installed into the threads of the host process.
+pub const std_options: std.Options = .{ .signal_stack_size = null };
+
+test {
+    _ = abi;
+    _ = @import("accumulate.zig");
+    _ = @import("attend.zig");
+    _ = @import("cache.zig");
+    _ = @import("config.zig");
+    _ = @import("cpu.zig");
+    _ = @import("dispatch.zig");
+    _ = @import("encode.zig");
+    _ = @import("format.zig");
+    _ = @import("input.zig");
+    _ = @import("kernels.zig");
+    _ = @import("manifest.zig");
+    _ = @import("memory.zig");
+    _ = @import("message.zig");
+    _ = @import("pool.zig");
+    _ = @import("pool_test.zig");
+    _ = @import("prepare.zig");
+    _ = @import("quantize.zig");
+    _ = @import("rotate.zig");
+    _ = @import("score.zig");
+    _ = @import("scratch.zig");
+    _ = @import("slab.zig");
+    _ = @import("softmax.zig");
+    _ = @import("state.zig");
+    _ = @import("sync.zig");
+    _ = @import("threads.zig");
+    _ = @import("tier.zig");
+    _ = @import("vec.zig");
+}

@@ -1,0 +1,442 @@
+//! The vector vocabulary: logical vectors of 16 lanes, and the few operations whose best instruction
+//! depends on the ISA. This is the only file that knows an instruction set by name; every branch of
+//! it returns the same bits. Used by all kernels.
+const std = @import("std");
+const builtin = @import("builtin");
+
+pub const lanes = 16;
+pub const F = @Vector(lanes, f32);
+pub const I = @Vector(lanes, i32);
+pub const U = @Vector(lanes, u32);
+/// 64 bytes: four int8 codes for each of 16 lanes.
+pub const Codes = @Vector(64, u8);
+
+const cpu = builtin.cpu;
+const llvm = builtin.zig_backend == .stage2_llvm;
+const is_x86 = cpu.arch == .x86_64;
+const is_arm = cpu.arch == .aarch64;
+const is_wasm = cpu.arch.isWasm();
+const has_vnni512 = llvm and is_x86 and cpu.hasAll(.x86, &.{ .avx512vnni, .avx512bw });
+const has_avx512 = llvm and is_x86 and cpu.has(.x86, .avx512bw);
+const has_avx2 = llvm and is_x86 and cpu.has(.x86, .avx2);
+const has_ssse3 = llvm and is_x86 and cpu.has(.x86, .ssse3);
+const has_dotprod = llvm and is_arm and cpu.has(.aarch64, .dotprod);
+const has_simd128 = llvm and is_wasm and cpu.has(.wasm, .simd128);
+const has_f16_conversion = (is_x86 and cpu.has(.x86, .f16c)) or is_arm;
+
+/// 32 vector registers of 64 bytes: kernels keep more accumulators in flight.
+pub const wide_registers = has_avx512;
+
+pub fn load(comptime V: type, source: anytype) V {
+    const bytes: [*]const u8 = @ptrCast(source);
+    const vector: *align(1) const V = @ptrCast(bytes);
+    return vector.*;
+}
+
+pub fn store(target: anytype, vector: anytype) void {
+    const bytes: [*]u8 = @ptrCast(target);
+    const place: *align(1) @TypeOf(vector) = @ptrCast(bytes);
+    place.* = vector;
+}
+
+pub fn splat(x: f32) F {
+    return @splat(x);
+}
+
+/// Asks for the cache lines of `target[0..bytes]`; a hint without effect on results.
+pub inline fn prefetch(target: [*]const u8, comptime bytes: usize) void {
+    if (is_wasm) return;
+    inline for (0..(bytes + 63) / 64) |line| {
+        @prefetch(target + line * 64, .{ .locality = 3, .cache = .data });
+    }
+}
+
+// ---- f16 and bf16 ----
+
+/// f16 to f32, exact. NaN payloads do not occur in pages.
+pub inline fn from_f16(comptime n: usize, half: @Vector(n, f16)) @Vector(n, f32) {
+    if (has_f16_conversion) return @floatCast(half);
+    return from_f16_soft(n, half);
+}
+
+pub inline fn from_f16_soft(comptime n: usize, half: @Vector(n, f16)) @Vector(n, f32) {
+    const UN = @Vector(n, u32);
+    const FN = @Vector(n, f32);
+    const bits: UN = @as(@Vector(n, u16), @bitCast(half));
+    const sign = (bits & @as(UN, @splat(0x8000))) << @splat(16);
+    // Exponent and mantissa in their f32 place, still with the f16 bias of 15.
+    const shifted = (bits & @as(UN, @splat(0x7fff))) << @splat(13);
+    const rebias: u32 = 112 << 23;
+    const normal = shifted + @as(UN, @splat(rebias));
+    // A subnormal f16: let the adder normalise it. Exact, and free of f32 subnormals.
+    const one_up: UN = @splat(113 << 23);
+    const subnormal: FN = @as(FN, @bitCast(shifted | one_up)) - @as(FN, @bitCast(one_up));
+    const is_subnormal = shifted < @as(UN, @splat(1 << 23));
+    const is_infinite = shifted >= @as(UN, @splat(31 << 23));
+    var result = @select(u32, is_subnormal, @as(UN, @bitCast(subnormal)), normal);
+    result = @select(u32, is_infinite, shifted + @as(UN, @splat(2 * rebias)), result);
+    return @bitCast(result | sign);
+}
+
+/// f32 to f16, round to nearest even; too large becomes infinite.
+pub inline fn to_f16(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f16) {
+    if (has_f16_conversion) return @floatCast(x);
+    return to_f16_soft(n, x);
+}
+
+pub inline fn to_f16_soft(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f16) {
+    const UN = @Vector(n, u32);
+    const FN = @Vector(n, f32);
+    const bits: UN = @bitCast(x);
+    const sign = (bits >> @splat(16)) & @as(UN, @splat(0x8000));
+    const magnitude = bits & @as(UN, @splat(0x7fffffff));
+    const odd = (magnitude >> @splat(13)) & @as(UN, @splat(1));
+    const rounded = magnitude +% @as(UN, @splat(0xfff)) +% odd;
+    const normal = (rounded -% @as(UN, @splat(112 << 23))) >> @splat(13);
+    // A subnormal result: adding 0.5 makes the f32 adder round at bit 2^-24.
+    const half: FN = @splat(0.5);
+    const subnormal = @as(UN, @bitCast(@as(FN, @bitCast(magnitude)) + half)) -% @as(UN, @bitCast(half));
+    var result = @select(u32, magnitude < @as(UN, @splat(113 << 23)), subnormal, normal);
+    result = @select(u32, magnitude >= @as(UN, @splat(0x4780_0000)), @as(UN, @splat(0x7c00)), result);
+    const narrow: @Vector(n, u16) = @truncate(result | sign);
+    return @bitCast(narrow);
+}
+
+pub inline fn from_bf16(comptime n: usize, bits: @Vector(n, u16)) @Vector(n, f32) {
+    const wide: @Vector(n, u32) = bits;
+    return @bitCast(wide << @splat(16));
+}
+
+/// f32 to bf16, round to nearest even. The caller has excluded NaN.
+pub inline fn to_bf16(comptime n: usize, x: @Vector(n, f32)) @Vector(n, u16) {
+    const UN = @Vector(n, u32);
+    const bits: UN = @bitCast(x);
+    const odd = (bits >> @splat(16)) & @as(UN, @splat(1));
+    return @truncate((bits +% @as(UN, @splat(0x7fff)) +% odd) >> @splat(16));
+}
+
+// ---- elementwise helpers ----
+
+/// Larger of two numbers, without the NaN rules of `@max` (one instruction instead of three on x86).
+pub inline fn max(a: anytype, b: @TypeOf(a)) @TypeOf(a) {
+    return @select(f32, a > b, a, b);
+}
+
+pub inline fn min(a: anytype, b: @TypeOf(a)) @TypeOf(a) {
+    return @select(f32, a < b, a, b);
+}
+
+/// 1.5 * 2^23: adding it rounds |x| < 2^22 to the nearest even integer, held in the low bits.
+pub const round_magic: f32 = 12582912.0;
+
+/// Nearest even integer of |x| < 2^22.
+pub inline fn round_to_int(x: F) I {
+    return @as(I, @bitCast(x + splat(round_magic))) -% @as(I, @splat(@bitCast(round_magic)));
+}
+
+const exp2_coefficients = [7]f32{
+    1.0,                  0.6931472028550826,    0.24022647913626477,   0.055503324711001,
+    0.009618437357831564, 0.0013398874422265068, 0.0001535336188513113,
+};
+
+/// 2^x for x <= 0: a polynomial of degree 6 on [-0.5, 0.5], relative error below 2e-7. Exactly 1 at 0
+/// and exactly 0 below -80.
+pub inline fn exp2(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f32) {
+    const FN = @Vector(n, f32);
+    const IN = @Vector(n, i32);
+    const magic: FN = @splat(round_magic);
+    const shifted = x + magic;
+    const fraction = x - (shifted - magic);
+    var p: FN = @splat(exp2_coefficients[6]);
+    inline for (0..6) |k| p = p * fraction + @as(FN, @splat(exp2_coefficients[5 - k]));
+    const exponent = @as(IN, @bitCast(shifted)) << @splat(23);
+    const result: FN = @bitCast(@as(IN, @bitCast(p)) +% exponent);
+    return @select(f32, x < @as(FN, @splat(-80.0)), @as(FN, @splat(0)), result);
+}
+
+// ---- reductions, always by the same tree: (i, i+8), (i, i+4), (i, i+2), (i, i+1) ----
+
+pub const Reduction = enum { add, max };
+
+inline fn combine(comptime op: Reduction, a: anytype, b: @TypeOf(a)) @TypeOf(a) {
+    return if (op == .add) a + b else max(a, b);
+}
+
+inline fn halve(comptime op: Reduction, v: anytype) @Vector(@typeInfo(@TypeOf(v)).vector.len / 2, f32) {
+    const n = @typeInfo(@TypeOf(v)).vector.len / 2;
+    const low: [n]i32 = std.simd.iota(i32, n);
+    const high: [n]i32 = std.simd.iota(i32, n) + @as(@Vector(n, i32), @splat(n));
+    return combine(op, @shuffle(f32, v, undefined, low), @shuffle(f32, v, undefined, high));
+}
+
+pub inline fn reduce(comptime op: Reduction, v: F) f32 {
+    const two = halve(op, halve(op, halve(op, v)));
+    return halve(op, two)[0];
+}
+
+/// Lane l of the result is the reduction of `vectors[l]`, by the tree of `reduce`.
+pub inline fn reduce_each(comptime op: Reduction, vectors: *const [lanes]F) F {
+    var current: [lanes]F = undefined;
+    inline for (0..lanes) |l| current[bit_reversed[l]] = vectors[l];
+    comptime var segment = lanes;
+    inline while (segment > 1) : (segment /= 2) {
+        const low = comptime low_halves(segment);
+        const high = comptime high_halves(segment);
+        const pairs = segment / 2; // as many vectors remain as lanes in a segment
+        inline for (0..pairs) |i| {
+            const a = current[i];
+            const b = current[i + pairs];
+            current[i] = combine(op, @shuffle(f32, a, b, low), @shuffle(f32, a, b, high));
+        }
+    }
+    return current[0];
+}
+
+const bit_reversed = [lanes]u8{ 0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15 };
+
+/// Shuffle mask: the lower half of every segment of a, then of b.
+fn low_halves(comptime segment: usize) [lanes]i32 {
+    var mask: [lanes]i32 = undefined;
+    var k: usize = 0;
+    for (0..2) |operand| for (0..lanes / segment) |s| for (0..segment / 2) |i| {
+        const lane: i32 = @intCast(s * segment + i);
+        mask[k] = if (operand == 0) lane else ~lane;
+        k += 1;
+    };
+    return mask;
+}
+
+fn high_halves(comptime segment: usize) [lanes]i32 {
+    var mask = low_halves(segment);
+    const shift: i32 = segment / 2;
+    for (&mask) |*lane| lane.* += if (lane.* >= 0) shift else -shift;
+    return mask;
+}
+
+// ---- the 4-way int8 dot product ----
+
+/// What a code must have added before it enters `Accumulator.dot`: x86 multiplies unsigned by signed.
+pub const code_bias: i32 = if (is_x86) 128 else 0;
+
+/// 64 signed codes as `Accumulator.dot` wants them.
+pub inline fn load_signed_codes(source: [*]const u8) Codes {
+    const codes = load(Codes, source);
+    return if (code_bias != 0) codes ^ @as(Codes, @splat(0x80)) else codes;
+}
+
+pub inline fn low_nibbles(codes: Codes) Codes {
+    return codes & @as(Codes, @splat(15));
+}
+
+pub inline fn high_nibbles(codes: Codes) Codes {
+    return codes >> @splat(4);
+}
+
+const Method = enum { vnni512, maddubs512, maddubs256, maddubs128, sdot, smull, wasm_dot, portable };
+const method: Method = if (has_vnni512)
+    .vnni512
+else if (has_avx512)
+    .maddubs512
+else if (has_avx2)
+    .maddubs256
+else if (has_ssse3)
+    .maddubs128
+else if (has_dotprod)
+    .sdot
+else if (llvm and is_arm)
+    .smull
+else if (has_simd128)
+    .wasm_dot
+else
+    .portable;
+
+pub const method_name = @tagName(method);
+
+// LLVM intrinsics as extern functions. The SysV convention makes Zig pass vectors by value on Windows too.
+const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
+const x86 = struct {
+    extern fn @"llvm.x86.avx512.vpdpbusd.512"(@Vector(16, i32), @Vector(16, i32), @Vector(16, i32)) callconv(sysv) @Vector(16, i32);
+    extern fn @"llvm.x86.avx512.pmaddubs.w.512"(@Vector(64, u8), @Vector(64, i8)) callconv(sysv) @Vector(32, i16);
+    extern fn @"llvm.x86.avx512.pmaddw.d.512"(@Vector(32, i16), @Vector(32, i16)) callconv(sysv) @Vector(16, i32);
+    extern fn @"llvm.x86.avx2.pmadd.ub.sw"(@Vector(32, u8), @Vector(32, i8)) callconv(sysv) @Vector(16, i16);
+    extern fn @"llvm.x86.avx2.pmadd.wd"(@Vector(16, i16), @Vector(16, i16)) callconv(sysv) @Vector(8, i32);
+    extern fn @"llvm.x86.ssse3.pmadd.ub.sw.128"(@Vector(16, u8), @Vector(16, i8)) callconv(sysv) @Vector(8, i16);
+    extern fn @"llvm.x86.sse2.pmadd.wd"(@Vector(8, i16), @Vector(8, i16)) callconv(sysv) @Vector(4, i32);
+};
+const arm = struct {
+    extern fn @"llvm.aarch64.neon.sdot.v4i32.v16i8"(@Vector(4, i32), @Vector(16, i8), @Vector(16, i8)) @Vector(4, i32);
+    extern fn @"llvm.aarch64.neon.smull.v8i16"(@Vector(8, i8), @Vector(8, i8)) @Vector(8, i16);
+    extern fn @"llvm.aarch64.neon.saddlp.v4i32.v8i16"(@Vector(8, i16)) @Vector(4, i32);
+};
+const wasm = struct {
+    extern fn @"llvm.wasm.dot"(@Vector(8, i16), @Vector(8, i16)) @Vector(4, i32);
+};
+
+/// 16 int32 sums; each `dot` adds four products to every lane. Exact integers, so the same on every
+/// ISA, as long as signed codes come with query bytes in [-64, 64] (pmaddubsw saturates beyond);
+/// nibbles may come with any.
+pub const Accumulator = switch (method) {
+    .vnni512, .maddubs512, .portable => struct {
+        sum: I,
+
+        pub inline fn init(x: i32) @This() {
+            return .{ .sum = @splat(x) };
+        }
+        pub inline fn dot(a: *@This(), codes: Codes, word: i32) void {
+            switch (method) {
+                .vnni512 => a.sum = x86.@"llvm.x86.avx512.vpdpbusd.512"(a.sum, @bitCast(codes), @splat(word)),
+                .maddubs512 => {
+                    const pairs = x86.@"llvm.x86.avx512.pmaddubs.w.512"(codes, @bitCast(@as(I, @splat(word))));
+                    a.sum +%= x86.@"llvm.x86.avx512.pmaddw.d.512"(pairs, @splat(1));
+                },
+                else => a.sum +%= dot_portable(codes, word),
+            }
+        }
+        pub inline fn get(a: @This()) I {
+            return a.sum;
+        }
+    },
+    .maddubs256 => struct {
+        sum: [2]@Vector(8, i32),
+
+        pub inline fn init(x: i32) @This() {
+            return .{ .sum = @splat(@splat(x)) };
+        }
+        pub inline fn dot(a: *@This(), codes: Codes, word: i32) void {
+            inline for (0..2) |k| {
+                const pairs = x86.@"llvm.x86.avx2.pmadd.ub.sw"(part(32, codes, k), @bitCast(@as(@Vector(8, i32), @splat(word))));
+                a.sum[k] +%= x86.@"llvm.x86.avx2.pmadd.wd"(pairs, @splat(1));
+            }
+        }
+        pub inline fn get(a: @This()) I {
+            return std.simd.join(a.sum[0], a.sum[1]);
+        }
+    },
+    .maddubs128, .sdot => struct {
+        sum: [4]@Vector(4, i32),
+
+        pub inline fn init(x: i32) @This() {
+            return .{ .sum = @splat(@splat(x)) };
+        }
+        pub inline fn dot(a: *@This(), codes: Codes, word: i32) void {
+            const words: @Vector(4, i32) = @splat(word);
+            inline for (0..4) |k| {
+                const quarter = part(16, codes, k);
+                if (method == .sdot) {
+                    a.sum[k] = arm.@"llvm.aarch64.neon.sdot.v4i32.v16i8"(a.sum[k], @bitCast(quarter), @bitCast(words));
+                } else {
+                    const pairs = x86.@"llvm.x86.ssse3.pmadd.ub.sw.128"(quarter, @bitCast(words));
+                    a.sum[k] +%= x86.@"llvm.x86.sse2.pmadd.wd"(pairs, @splat(1));
+                }
+            }
+        }
+        pub inline fn get(a: @This()) I {
+            return std.simd.join(std.simd.join(a.sum[0], a.sum[1]), std.simd.join(a.sum[2], a.sum[3]));
+        }
+    },
+    // NEON without dotprod, and wasm: each lane's sum is kept in two halves until `get`.
+    .smull, .wasm_dot => struct {
+        sum: [8]@Vector(4, i32),
+
+        pub inline fn init(x: i32) @This() {
+            return .{ .sum = @splat(.{ x, 0, x, 0 }) };
+        }
+        pub inline fn dot(a: *@This(), codes: Codes, word: i32) void {
+            const words: @Vector(8, i8) = @bitCast(@as(@Vector(2, i32), @splat(word)));
+            inline for (0..8) |k| {
+                const eighth: @Vector(8, i8) = @bitCast(part(8, codes, k));
+                a.sum[k] +%= if (method == .wasm_dot)
+                    wasm.@"llvm.wasm.dot"(eighth, words)
+                else
+                    arm.@"llvm.aarch64.neon.saddlp.v4i32.v8i16"(arm.@"llvm.aarch64.neon.smull.v8i16"(eighth, words));
+            }
+        }
+        pub inline fn get(a: @This()) I {
+            var quarters: [4]@Vector(4, i32) = undefined;
+            inline for (0..4) |k| {
+                const low = a.sum[2 * k];
+                const high = a.sum[2 * k + 1];
+                const even = @shuffle(i32, low, high, [4]i32{ 0, 2, ~@as(i32, 0), ~@as(i32, 2) });
+                const odd = @shuffle(i32, low, high, [4]i32{ 1, 3, ~@as(i32, 1), ~@as(i32, 3) });
+                quarters[k] = even +% odd;
+            }
+            return std.simd.join(std.simd.join(quarters[0], quarters[1]), std.simd.join(quarters[2], quarters[3]));
+        }
+    },
+};
+
+inline fn part(comptime n: usize, codes: Codes, comptime k: usize) @Vector(n, u8) {
+    return std.simd.extract(codes, k * n, n);
+}
+
+/// The definition of `dot`, for targets without any of the instructions above.
+fn dot_portable(codes: Codes, word: i32) I {
+    var sum: I = @splat(0);
+    inline for (0..4) |k| {
+        const shift: @Vector(16, u5) = @splat(24 - 8 * k);
+        const top: @Vector(16, u5) = @splat(24);
+        const wide = @as(U, @bitCast(codes)) << shift;
+        const code: I = if (code_bias != 0) @bitCast(wide >> top) else @as(I, @bitCast(wide)) >> top;
+        const factor = (@as(I, @splat(word)) << shift) >> top;
+        sum +%= code *% factor;
+    }
+    return sum;
+}
+
+test "soft f16 conversions equal the hardware's for every value" {
+    for (0..1 << 16) |bits| {
+        const value: f16 = @bitCast(@as(u16, @intCast(bits)));
+        if (std.math.isNan(value)) continue;
+        const wide: f32 = value;
+        const soft = from_f16_soft(1, .{value});
+        try std.testing.expectEqual(@as(u32, @bitCast(wide)), @as(u32, @bitCast(soft[0])));
+    }
+    var prng = std.Random.DefaultPrng.init(1);
+    for (0..200_000) |_| {
+        const value: f32 = @bitCast(prng.random().int(u32));
+        if (std.math.isNan(value)) continue;
+        const narrow: f16 = @floatCast(value);
+        const soft = to_f16_soft(1, .{value});
+        try std.testing.expectEqual(@as(u16, @bitCast(narrow)), @as(u16, @bitCast(soft[0])));
+    }
+}
+
+test "dot equals its definition" {
+    var prng = std.Random.DefaultPrng.init(2);
+    for (0..200) |_| {
+        var bytes: [64]u8 = undefined;
+        prng.random().bytes(&bytes);
+        var word: [4]i8 = undefined;
+        for (&word) |*w| w.* = prng.random().intRangeAtMost(i8, -64, 64);
+        var accumulator = Accumulator.init(5);
+        accumulator.dot(bytes, @bitCast(word));
+        const expected = dot_portable(bytes, @bitCast(word)) + @as(I, @splat(5));
+        try std.testing.expect(@reduce(.And, accumulator.get() == expected));
+    }
+}
+
+test "reduce_each reduces each vector as reduce does" {
+    var prng = std.Random.DefaultPrng.init(3);
+    var vectors: [lanes]F = undefined;
+    for (&vectors) |*v| {
+        var array: [lanes]f32 = undefined;
+        for (&array) |*x| x.* = prng.random().floatNorm(f32);
+        v.* = array;
+    }
+    const sums: [lanes]f32 = reduce_each(.add, &vectors);
+    const tops: [lanes]f32 = reduce_each(.max, &vectors);
+    for (vectors, sums, tops) |v, sum, top| {
+        try std.testing.expectEqual(reduce(.add, v), sum);
+        try std.testing.expectEqual(reduce(.max, v), top);
+    }
+}
+
+test "exp2 is exact at 0, zero far below, and close elsewhere" {
+    try std.testing.expectEqual(@as(f32, 1), exp2(1, .{0})[0]);
+    try std.testing.expectEqual(@as(f32, 0), exp2(1, .{-1e30})[0]);
+    var x: f32 = 0;
+    while (x > -79) : (x -= 0.37) {
+        const expected = std.math.pow(f64, 2, x);
+        try std.testing.expectApproxEqRel(expected, @as(f64, exp2(1, .{x})[0]), 2.5e-7);
+    }
+}
