@@ -45,6 +45,7 @@ pub fn build(b: *std.Build) void {
 
     const target = b.standardTargetOptions(.{});
     const optimize = b.option(std.lang.Optimize, "optimize", "default: fast") orelse .fast;
+    const strip = b.option(bool, "strip", "no symbols; default: unless debug") orelse (optimize != .debug);
     const filters = b.option([]const []const u8, "test-filter", "only tests whose name contains this") orelse &.{};
 
     const into: std.Build.Step.InstallArtifact.Options = .{
@@ -53,8 +54,8 @@ pub fn build(b: *std.Build) void {
         .pdb_dir = .disabled,
         .h_dir = .disabled,
     };
-    install.dependOn(&b.addInstallArtifact(shared_library(b, target, optimize), into).step);
-    install.dependOn(&b.addInstallArtifact(wasm_module(b, optimize), into).step);
+    install.dependOn(&b.addInstallArtifact(shared_library(b, target, optimize, strip), into).step);
+    install.dependOn(&b.addInstallArtifact(wasm_module(b, optimize, strip), into).step);
 
     const tests = b.addTest(.{
         .root_module = module(b, "zig/root.zig", target, optimize, false),
@@ -65,15 +66,20 @@ pub fn build(b: *std.Build) void {
     test_step.dependOn(&b.addRunArtifact(tests).step);
 }
 
-fn shared_library(b: *std.Build, target: std.Build.ResolvedTarget, optimize: std.lang.Optimize) *std.Build.Step.Compile {
+fn shared_library(
+    b: *std.Build,
+    target: std.Build.ResolvedTarget,
+    optimize: std.lang.Optimize,
+    strip: bool,
+) *std.Build.Step.Compile {
     const levels = levels_of(target.result);
-    const root = module(b, "zig/root.zig", target, optimize, optimize != .debug);
+    const root = module(b, "zig/root.zig", target, optimize, strip);
     root.addOptions("options", options(b, levels));
     if (levels.len == 1) {
         // One level: the whole library is compiled for it.
         root.resolved_target = b.resolveTargetQuery(at_level(target, levels[0]));
     } else for (levels) |level| {
-        const kernels = module(b, "zig/isa.zig", b.resolveTargetQuery(at_level(target, level)), optimize, optimize != .debug);
+        const kernels = module(b, "zig/isa.zig", b.resolveTargetQuery(at_level(target, level)), optimize, strip);
         const name = b.addOptions();
         name.addOption([]const u8, "isa", level.name);
         kernels.addOptions("options", name);
@@ -104,14 +110,14 @@ fn at_level(target: std.Build.ResolvedTarget, level: Level) std.Target.Query {
     return query;
 }
 
-fn wasm_module(b: *std.Build, optimize: std.lang.Optimize) *std.Build.Step.Compile {
+fn wasm_module(b: *std.Build, optimize: std.lang.Optimize, strip: bool) *std.Build.Step.Compile {
     const target = b.resolveTargetQuery(.{
         .cpu_arch = .wasm32,
         .os_tag = .freestanding,
         .cpu_model = .{ .explicit = &std.Target.wasm.cpu.generic },
         .cpu_features_add = std.Target.wasm.featureSet(&.{ .simd128, .bulk_memory, .nontrapping_fptoint, .sign_ext }),
     });
-    const root = module(b, "zig/root.zig", target, optimize, optimize != .debug);
+    const root = module(b, "zig/root.zig", target, optimize, strip);
     root.addOptions("options", options(b, &wasm_levels));
     const executable = b.addExecutable(.{ .name = "kvz", .root_module = root, .use_llvm = true });
     executable.entry = .disabled;

@@ -3,7 +3,6 @@
 const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
-const prepare = @import("prepare.zig");
 const score = @import("score.zig");
 const F = vec.F;
 const U = vec.U;
@@ -68,41 +67,33 @@ fn accumulate_float(
 /// Largest integer weight: two planes of seven bits and a sign.
 const weight_limit: f32 = 63 * 128 + 63;
 
-/// Groups whose weights are quantized together: their maxima fill one vector.
-fn groups_at_once(comptime rows: usize) usize {
-    return vec.lanes / rows;
+/// Integer weights of all rows for as many groups as fill one vector with (group, row) pairs.
+fn Weights(comptime rows: usize) type {
+    return struct {
+        const groups = vec.lanes / rows;
+        /// (pair, quad of tokens): four int8 a word; word j holds the tokens j, j+16, j+32, j+48
+        high: [vec.lanes][format.block_slots]i32 align(64),
+        low: [vec.lanes][format.block_slots]i32 align(64),
+        /// (pair): sum of the integers, and what one unit of them is worth
+        totals: [vec.lanes]i32,
+        units: [vec.lanes]f32,
+    };
 }
 
 /// Weights times scales become 14-bit integers per row and group, then exact integer dot products over
 /// the tokens of the page.
 fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const AccumulateArgs) void {
-    @setEvalBranchQuota(100_000); // everything below is unrolled
     const groups = args.dim / format.group;
     const codes_bytes = args.dim * format.page_tokens * T.bits / 8;
     const scales: [*]const f16 = @ptrCast(@alignCast(args.values + codes_bytes));
-    const at_once = comptime groups_at_once(rows);
+    var weights: Weights(rows) = undefined;
     var first: usize = 0;
-    while (first < groups) : (first += at_once) {
-        var maxima: [vec.lanes]F = undefined;
-        inline for (0..at_once) |i| {
-            // Past the last group: its own weights again, unused.
-            const g = @min(first + i, groups - 1);
-            var scale: [format.blocks_per_page]F = undefined;
-            inline for (0..format.blocks_per_page) |b| scale[b] = @abs(load_scale(scales, g, b));
-            inline for (0..rows) |r| {
-                var top = weight(args, r, 0) * scale[0];
-                inline for (1..format.blocks_per_page) |b| top = vec.max(top, weight(args, r, b) * scale[b]);
-                maxima[i * rows + r] = top;
-            }
-        }
-        const top = vec.reduce_each(.max, &maxima);
-        const units: [vec.lanes]f32 = top * vec.splat(1.0 / weight_limit);
-        // Weights whose largest is this small are worth nothing, and their reciprocal overflows.
-        const worth = top > vec.splat(1e-30);
-        const inverses: [vec.lanes]f32 = @select(f32, worth, vec.splat(weight_limit) / top, vec.splat(0));
-        for (0..@min(at_once, groups - first)) |i| {
+    while (first < groups) : (first += Weights(rows).groups) {
+        const count = @min(Weights(rows).groups, groups - first);
+        quantize_weights(T, rows, args, scales, first, groups, &weights);
+        for (0..count) |i| {
             vec.prefetch(args.next + codes_bytes + (first + i) * format.page_tokens * 2, format.page_tokens * 2);
-            accumulate_group(T, rows, args, scales, first + i, inverses[i * rows ..][0..rows], units[i * rows ..][0..rows]);
+            accumulate_group(T, rows, args, first + i, i * rows, &weights);
         }
     }
 }
@@ -115,71 +106,111 @@ inline fn load_scale(scales: [*]const f16, g: usize, block: usize) F {
     return vec.from_f16(16, vec.load(@Vector(16, f16), scales + g * format.page_tokens + block * 16));
 }
 
-fn accumulate_group(
+fn quantize_weights(
     comptime T: type,
     comptime rows: usize,
     args: *const AccumulateArgs,
     scales: [*]const f16,
-    g: usize,
-    inverses: *const [rows]f32,
-    units: *const [rows]f32,
+    first: usize,
+    groups: usize,
+    weights: *Weights(rows),
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    const bias = if (T.bits == 8) vec.code_bias else T.offset;
-    const loads = format.block_slots / T.chunks_per_load;
-    const halves = format.group / vec.lanes;
-    var planes: [2][rows][format.block_slots]i32 align(64) = undefined;
-    var sums: [2][rows][halves]vec.Accumulator = undefined;
-    var scale: [format.blocks_per_page]F = undefined;
-    inline for (0..format.blocks_per_page) |b| scale[b] = load_scale(scales, g, b);
-    inline for (0..rows) |r| {
-        const total = quantize_weights(args, r, &scale, inverses[r], &planes[0][r], &planes[1][r]);
-        inline for (0..halves) |h| {
-            sums[0][r][h] = .init(0);
-            sums[1][r][h] = .init(-bias *% total);
+    var maxima: [vec.lanes]F = undefined;
+    inline for (0..Weights(rows).groups) |i| {
+        // Past the last group: its own weights again, unused.
+        const g = @min(first + i, groups - 1);
+        inline for (0..format.blocks_per_page) |b| {
+            const scale = @abs(load_scale(scales, g, b));
+            inline for (0..rows) |r| {
+                const product = weight(args, r, b) * scale;
+                maxima[i * rows + r] = if (b == 0) product else vec.max(maxima[i * rows + r], product);
+            }
         }
     }
-    for (0..loads) |l| {
-        const at = (g * loads + l) * format.group * 4;
-        vec.prefetch(args.next + at, format.group * 4);
-        var codes: [halves]vec.Codes = undefined;
-        inline for (0..halves) |h| codes[h] = score.load_codes(T, args.values + at + h * 64);
-        inline for (0..T.chunks_per_load) |which| inline for (0..rows) |r| inline for (0..2) |p| {
-            const word = planes[p][r][l * T.chunks_per_load + which];
-            inline for (0..halves) |h| sums[p][r][h].dot(score.select_nibbles(T, codes[h], which), word);
-        };
+    const top = vec.reduce_each(.max, &maxima);
+    weights.units = top * vec.splat(1.0 / weight_limit);
+    // Weights whose largest is this small are worth nothing, and their reciprocal overflows.
+    const worth = top > vec.splat(1e-30);
+    const inverses: [vec.lanes]f32 = @select(f32, worth, vec.splat(weight_limit) / top, vec.splat(0));
+    var sums: [vec.lanes]I = undefined;
+    inline for (0..Weights(rows).groups) |i| {
+        const g = @min(first + i, groups - 1);
+        var scale: [format.blocks_per_page]F = undefined;
+        inline for (0..format.blocks_per_page) |b| scale[b] = load_scale(scales, g, b);
+        inline for (0..rows) |r| {
+            const pair = i * rows + r;
+            sums[pair] = split_weights(T, args, r, &scale, inverses[pair], &weights.high[pair], &weights.low[pair]);
+        }
     }
-    inline for (0..rows) |r| inline for (0..halves) |h| {
-        const sum = (sums[0][r][h].get() << @splat(7)) +% sums[1][r][h].get();
-        const at = args.outputs + r * args.output_stride + g * format.group + h * vec.lanes;
-        const before = vec.load(F, at) * vec.splat(args.corrections[r]);
-        vec.store(at, before + @as(F, @floatFromInt(sum)) * vec.splat(units[r]));
-    };
+    weights.totals = vec.sum_each(&sums);
 }
 
-/// Planes of the integer weights of one row: word j holds the tokens j, j+16, j+32, j+48. Returns the sum
-/// of the integers.
-inline fn quantize_weights(
+/// The planes of one row's integer weights; returns their sums over the blocks. The low plane stays
+/// within [-64, 64) for formats whose codes fill a byte.
+inline fn split_weights(
+    comptime T: type,
     args: *const AccumulateArgs,
     row: usize,
     scale: *const [format.blocks_per_page]F,
     inverse: f32,
     high_words: *align(64) [format.block_slots]i32,
     low_words: *align(64) [format.block_slots]i32,
-) i32 {
+) I {
+    const centre = if (T.bits == 8) 64 else 0;
+    const magic = vec.round_magic + centre;
     var high: U = @splat(0);
     var low: U = @splat(0);
-    var total: I = @splat(0);
-    const byte: U = @splat(255);
+    var total: U = @splat(0);
     inline for (0..format.blocks_per_page) |b| {
-        const integers = vec.round_to_int(weight(args, row, b) * scale[b] * vec.splat(inverse));
-        total +%= integers;
-        const low_part = prepare.low_plane(integers);
-        const high_part = (integers -% low_part) >> @splat(7);
-        low |= (@as(U, @bitCast(low_part)) & byte) << @splat(8 * b);
-        high |= (@as(U, @bitCast(high_part)) & byte) << @splat(8 * b);
+        // The integer, plus `centre`, stands in the low bits of the sum with the magic number.
+        const bits: U = @bitCast(weight(args, row, b) * (scale[b] * vec.splat(inverse)) + vec.splat(magic));
+        total +%= bits;
+        low |= (bits << @splat(8 * b)) & @as(U, @splat(0x7f << (8 * b)));
+        const shifted = if (b == 0) bits >> @splat(7) else bits << @splat(8 * b - 7);
+        high |= shifted & @as(U, @splat(0xff << (8 * b)));
     }
+    if (centre != 0) low = @bitCast(@as(vec.Codes, @bitCast(low)) -% @as(vec.Codes, @splat(centre)));
     vec.store(high_words, high);
     vec.store(low_words, low);
-    return @reduce(.Add, total);
+    const magic_bits: u32 = @bitCast(@as(f32, magic));
+    return @bitCast(total -% @as(U, @splat(format.blocks_per_page *% magic_bits)));
+}
+
+fn accumulate_group(
+    comptime T: type,
+    comptime rows: usize,
+    args: *const AccumulateArgs,
+    g: usize,
+    pair: usize,
+    weights: *const Weights(rows),
+) void {
+    @setEvalBranchQuota(100_000); // everything below is unrolled
+    const bias = if (T.bits == 8) vec.code_bias else T.offset;
+    const loads = format.block_slots / T.chunks_per_load;
+    const halves = format.group / vec.lanes;
+    var sums: [2][rows][halves]vec.Accumulator = undefined;
+    inline for (0..rows) |r| inline for (0..halves) |h| {
+        sums[0][r][h] = .init(0);
+        sums[1][r][h] = .init(-bias *% weights.totals[pair + r]);
+    };
+    for (0..loads) |l| {
+        const at = (g * loads + l) * format.group * 4;
+        vec.prefetch(args.next + at, format.group * 4);
+        var codes: [halves]vec.Codes = undefined;
+        inline for (0..halves) |h| codes[h] = score.load_codes(T, args.values + at + h * 64);
+        inline for (0..T.chunks_per_load) |which| inline for (0..rows) |r| {
+            const quad = l * T.chunks_per_load + which;
+            inline for (0..halves) |h| {
+                sums[0][r][h].dot(score.select_nibbles(T, codes[h], which), weights.high[pair + r][quad]);
+                sums[1][r][h].dot(score.select_nibbles(T, codes[h], which), weights.low[pair + r][quad]);
+            }
+        };
+    }
+    inline for (0..rows) |r| inline for (0..halves) |h| {
+        const sum = (sums[0][r][h].get() << @splat(7)) +% sums[1][r][h].get();
+        const at = args.outputs + r * args.output_stride + g * format.group + h * vec.lanes;
+        const before = vec.load(F, at) * vec.splat(args.corrections[r]);
+        vec.store(at, before + @as(F, @floatFromInt(sum)) * vec.splat(weights.units[pair + r]));
+    };
 }

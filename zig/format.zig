@@ -80,9 +80,13 @@ fn Integer(comptime code_bits: comptime_int) type {
         /// The f16 scales of 16 groups whose largest and smallest values are given.
         pub inline fn scale(top: vec.F, bottom: vec.F) @Vector(16, f16) {
             const minus = -bottom;
-            if (bits == 8) return vec.to_f16(16, vec.max(top, minus) / vec.splat(127));
-            const signed = @select(f32, top >= minus, top, bottom);
-            return vec.to_f16(16, signed * vec.splat(-0.125) + vec.splat(0));
+            const exact = if (bits == 8)
+                vec.max(top, minus) / vec.splat(127)
+            else
+                @select(f32, top >= minus, top, bottom) * vec.splat(-0.125);
+            // What would round to a zero of either sign is plain zero.
+            const vanishes = @abs(exact) <= vec.splat(0x1p-25);
+            return vec.to_f16(16, @select(f32, vanishes, vec.splat(0), exact));
         }
 
         pub inline fn inverse(scales: vec.F) vec.F {

@@ -159,7 +159,8 @@ pub inline fn exp2(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f32) {
 pub const Reduction = enum { add, max };
 
 inline fn combine(comptime op: Reduction, a: anytype, b: @TypeOf(a)) @TypeOf(a) {
-    return if (op == .add) a + b else max(a, b);
+    if (op == .max) return max(a, b);
+    return if (@typeInfo(@TypeOf(a)).vector.child == f32) a + b else a +% b;
 }
 
 inline fn halve(comptime op: Reduction, v: anytype) @Vector(@typeInfo(@TypeOf(v)).vector.len / 2, f32) {
@@ -176,7 +177,17 @@ pub inline fn reduce(comptime op: Reduction, v: F) f32 {
 
 /// Lane l of the result is the reduction of `vectors[l]`, by the tree of `reduce`.
 pub inline fn reduce_each(comptime op: Reduction, vectors: *const [lanes]F) F {
-    var current: [lanes]F = undefined;
+    return transpose_reduce(F, op, vectors);
+}
+
+/// Lane l of the result is the sum of the lanes of `vectors[l]`.
+pub inline fn sum_each(vectors: *const [lanes]I) I {
+    return transpose_reduce(I, .add, vectors);
+}
+
+inline fn transpose_reduce(comptime V: type, comptime op: Reduction, vectors: *const [lanes]V) V {
+    const T = @typeInfo(V).vector.child;
+    var current: [lanes]V = undefined;
     inline for (0..lanes) |l| current[bit_reversed[l]] = vectors[l];
     comptime var segment = lanes;
     inline while (segment > 1) : (segment /= 2) {
@@ -186,7 +197,7 @@ pub inline fn reduce_each(comptime op: Reduction, vectors: *const [lanes]F) F {
         inline for (0..pairs) |i| {
             const a = current[i];
             const b = current[i + pairs];
-            current[i] = combine(op, @shuffle(f32, a, b, low), @shuffle(f32, a, b, high));
+            current[i] = combine(op, @shuffle(T, a, b, low), @shuffle(T, a, b, high));
         }
     }
     return current[0];
