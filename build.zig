@@ -24,10 +24,17 @@ const x86_levels = [_]Level{
 // LLVM cannot compile the AVX-512 kernels for Windows ("Cannot emit physreg copy instruction").
 const windows_x86_levels = x86_levels[1..];
 const arm_levels = [_]Level{
-    .{ .name = "neon_dotprod", .cpu = .baseline, .add = std.Target.aarch64.featureSet(&.{.dotprod}) },
+    .{
+        .name = "neon_dotprod",
+        .cpu = .baseline,
+        .add = std.Target.aarch64.featureSet(&.{.dotprod}),
+    },
     .{ .name = "neon", .cpu = .baseline },
 };
-const apple_levels = [_]Level{.{ .name = "neon_dotprod", .cpu = .{ .explicit = &std.Target.aarch64.cpu.apple_m1 } }};
+const apple_levels = [_]Level{.{
+    .name = "neon_dotprod",
+    .cpu = .{ .explicit = &std.Target.aarch64.cpu.apple_m1 },
+}};
 const wasm_levels = [_]Level{.{ .name = "wasm_simd128", .cpu = .baseline }};
 
 fn levels_of(target: std.Target) []const Level {
@@ -45,8 +52,16 @@ pub fn build(b: *std.Build) void {
 
     const target = b.standardTargetOptions(.{});
     const optimize = b.option(std.lang.Optimize, "optimize", "default: fast") orelse .fast;
-    const strip = b.option(bool, "strip", "no symbols; default: unless debug") orelse (optimize != .debug);
-    const filters = b.option([]const []const u8, "test-filter", "only tests whose name contains this") orelse &.{};
+    const strip = b.option(
+        bool,
+        "strip",
+        "no symbols; default: unless debug",
+    ) orelse (optimize != .debug);
+    const filters = b.option(
+        []const []const u8,
+        "test-filter",
+        "only tests whose name contains this",
+    ) orelse &.{};
 
     const into: std.Build.Step.InstallArtifact.Options = .{
         .dest_dir = .{ .override = .{ .custom = "kvz" } },
@@ -62,7 +77,10 @@ pub fn build(b: *std.Build) void {
         .use_llvm = true,
         .filters = filters,
     });
-    tests.root_module.addOptions("options", options(b, levels_of(target.result)[levels_of(target.result).len - 1 ..]));
+    tests.root_module.addOptions(
+        "options",
+        options(b, levels_of(target.result)[levels_of(target.result).len - 1 ..]),
+    );
     test_step.dependOn(&b.addRunArtifact(tests).step);
 }
 
@@ -79,11 +97,19 @@ fn shared_library(
         // One level: the whole library is compiled for it.
         root.resolved_target = b.resolveTargetQuery(at_level(target, levels[0]));
     } else for (levels) |level| {
-        const kernels = module(b, "zig/isa.zig", b.resolveTargetQuery(at_level(target, level)), optimize, strip);
+        const kernels = module(
+            b,
+            "zig/isa.zig",
+            b.resolveTargetQuery(at_level(target, level)),
+            optimize,
+            strip,
+        );
         const name = b.addOptions();
         name.addOption([]const u8, "isa", level.name);
         kernels.addOptions("options", name);
-        root.addObject(b.addObject(.{ .name = level.name, .root_module = kernels, .use_llvm = true }));
+        root.addObject(
+            b.addObject(.{ .name = level.name, .root_module = kernels, .use_llvm = true }),
+        );
     }
     const library = b.addLibrary(.{
         .name = "kvz",
@@ -115,7 +141,9 @@ fn wasm_module(b: *std.Build, optimize: std.lang.Optimize, strip: bool) *std.Bui
         .cpu_arch = .wasm32,
         .os_tag = .freestanding,
         .cpu_model = .{ .explicit = &std.Target.wasm.cpu.generic },
-        .cpu_features_add = std.Target.wasm.featureSet(&.{ .simd128, .bulk_memory, .nontrapping_fptoint, .sign_ext }),
+        .cpu_features_add = std.Target.wasm.featureSet(
+            &.{ .simd128, .bulk_memory, .nontrapping_fptoint, .sign_ext },
+        ),
     });
     const root = module(b, "zig/root.zig", target, optimize, strip);
     root.addOptions("options", options(b, &wasm_levels));

@@ -1,9 +1,9 @@
 //! The C ABI: every `pub fn` here becomes `kvz_<name>`, and nothing else is exported.
 //!
-//! Bindings never repeat a signature: `manifest.zig` reflects this file into JSON, which the library
-//! returns from `kvz_manifest`, and the Python loaders (ctypes and wasmtime) build from it.
-//! A caller's mistake is a status with a message, never an assert. Called by hosts; calls cache.zig,
-//! pool.zig, quantize.zig, threads.zig, dispatch.zig.
+//! Bindings never repeat a signature: `manifest.zig` reflects this file into JSON, which the
+//! library returns from `kvz_manifest`, and the Python loaders (ctypes and wasmtime) build from
+//! it. A caller's mistake is a status with a message, never an assert. Called by hosts; calls
+//! cache.zig, pool.zig, quantize.zig, threads.zig, dispatch.zig.
 
 const std = @import("std");
 const attend_file = @import("attend.zig");
@@ -15,9 +15,13 @@ const gpa = @import("memory.zig").gpa;
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
 const quantize_file = @import("quantize.zig");
+const status_file = @import("status.zig");
 const threads = @import("threads.zig");
 const Config = config_file.Config;
 const Input = @import("input.zig").Input;
+const adopt = status_file.adopt;
+const fail = status_file.fail;
+const hand_out = status_file.hand_out;
 
 pub const version: u32 = 1;
 
@@ -120,7 +124,8 @@ pub const AttendOptions = extern struct {
     /// 0 is none.
     softcap: f32 = 0,
     mask_kind: u32 = 0, // MaskKind: u8 per entry, or f32 per entry
-    /// Strides of the mask in entries; columns (live tokens, oldest first) are contiguous. 0 broadcasts.
+    /// Strides of the mask in entries; columns (live tokens, oldest first) are contiguous. 0
+    /// broadcasts.
     mask_query_stride: i64 = 0,
     mask_head_stride: i64 = 0,
     mask: ?*const anyopaque = null,
@@ -128,7 +133,8 @@ pub const AttendOptions = extern struct {
     sinks: ?*const anyopaque = null, // f32 (query heads)
     lse: ?*anyopaque = null, // out: f32 (query tokens, query heads)
     mass: ?*anyopaque = null, // out: f32 (query heads, live tokens)
-    /// Live tokens that `mask` and `mass` were sized for; refused if the cache holds another number by now.
+    /// Live tokens that `mask` and `mass` were sized for; refused if the cache holds another
+    /// number by now.
     live_tokens: u64 = 0,
 };
 
@@ -195,7 +201,12 @@ pub fn pool_free(pool: ?*Pool) callconv(.c) void {
 }
 
 /// A buffer of the smallest class that holds `bytes`; its size comes back in `out_bytes`.
-pub fn pool_acquire(pool: *Pool, bytes: u64, out: *?*anyopaque, out_bytes: *u64) callconv(.c) Status {
+pub fn pool_acquire(
+    pool: *Pool,
+    bytes: u64,
+    out: *?*anyopaque,
+    out_bytes: *u64,
+) callconv(.c) Status {
     out.* = null;
     out_bytes.* = 0;
     const buffer = pool.acquire(bytes) catch |err| return fail(err);
@@ -249,7 +260,10 @@ pub fn cache_append(
     layout: ?*const TokenLayout,
 ) callconv(.c) Status {
     const config = &cache.config;
-    const given = if (layout) |l| adopt(TokenLayout, l) catch |err| return fail(err) else TokenLayout{
+    const given = if (layout) |l| adopt(
+        TokenLayout,
+        l,
+    ) catch |err| return fail(err) else TokenLayout{
         .key_token_stride = @as(i64, config.num_kv_heads) * config.head_dim,
         .key_head_stride = config.head_dim,
         .value_token_stride = @as(i64, config.num_kv_heads) * config.value_dim,
@@ -258,7 +272,11 @@ pub fn cache_append(
     const k: Input = .{
         .name = "keys",
         .base = @intFromPtr(keys),
-        .dtype = config_file.choice(Dtype, "key_dtype", given.key_dtype) catch |err| return fail(err),
+        .dtype = config_file.choice(
+            Dtype,
+            "key_dtype",
+            given.key_dtype,
+        ) catch |err| return fail(err),
         .token_stride = given.key_token_stride,
         .head_stride = given.key_head_stride,
         .dim = config.head_dim,
@@ -266,7 +284,11 @@ pub fn cache_append(
     const v: Input = .{
         .name = "values",
         .base = @intFromPtr(values),
-        .dtype = config_file.choice(Dtype, "value_dtype", given.value_dtype) catch |err| return fail(err),
+        .dtype = config_file.choice(
+            Dtype,
+            "value_dtype",
+            given.value_dtype,
+        ) catch |err| return fail(err),
         .token_stride = given.value_token_stride,
         .head_stride = given.value_head_stride,
         .dim = config.value_dim,
@@ -286,22 +308,36 @@ pub fn cache_attend(
     options: ?*const AttendOptions,
     out: [*]f32,
 ) callconv(.c) Status {
-    const given = if (options) |o| adopt(AttendOptions, o) catch |err| return fail(err) else AttendOptions{};
+    const given = if (options) |o| adopt(
+        AttendOptions,
+        o,
+    ) catch |err| return fail(err) else AttendOptions{};
     const request: attend_file.Request = .{
         .query = query,
         .query_tokens = query_tokens,
         .query_heads = query_heads,
         .scale = scale,
         .options = given,
-        .mask_kind = if (given.mask == null) .none else config_file.choice(MaskKind, "mask_kind", given.mask_kind) catch |err| return fail(err),
+        .mask_kind = if (given.mask == null) .none else config_file.choice(
+            MaskKind,
+            "mask_kind",
+            given.mask_kind,
+        ) catch |err| return fail(err),
         .out = out,
     };
     attend_file.attend(cache, &request) catch |err| return fail(err);
     return .ok;
 }
 
-/// De-quantized rows of `tokens` live tokens from index `first` on (oldest first), each (tokens, heads, dim).
-pub fn cache_get(cache: *Cache, first: u64, tokens: u64, keys: [*]f32, values: [*]f32) callconv(.c) Status {
+/// De-quantized rows of `tokens` live tokens from index `first` on (oldest first), each (tokens,
+/// heads, dim).
+pub fn cache_get(
+    cache: *Cache,
+    first: u64,
+    tokens: u64,
+    keys: [*]f32,
+    values: [*]f32,
+) callconv(.c) Status {
     cache.get(first, tokens, keys, values) catch |err| return fail(err);
     return .ok;
 }
@@ -332,7 +368,7 @@ pub fn cache_check(cache: *Cache) callconv(.c) Status {
 
 /// A hash of all that is stored; equal digests mean equal states.
 pub fn cache_digest(cache: *Cache, out: *u64) callconv(.c) Status {
-    out.* = cache.digest();
+    out.* = @import("digest.zig").digest(cache);
     return .ok;
 }
 
@@ -345,7 +381,14 @@ pub fn quantized_bytes(format_code: u32, rows: u64, dim: u32, out: *u64) callcon
     return .ok;
 }
 
-pub fn quantize(format_code: u32, rotate: u32, source: [*]const f32, rows: u64, dim: u32, target: [*]u8) callconv(.c) Status {
+pub fn quantize(
+    format_code: u32,
+    rotate: u32,
+    source: [*]const f32,
+    rows: u64,
+    dim: u32,
+    target: [*]u8,
+) callconv(.c) Status {
     const half = half_of(format_code, dim, rotate) catch |err| return fail(err);
     const input: Input = .{
         .name = "x",
@@ -362,7 +405,14 @@ pub fn quantize(format_code: u32, rotate: u32, source: [*]const f32, rows: u64, 
     return .ok;
 }
 
-pub fn dequantize(format_code: u32, rotate: u32, source: [*]const u8, rows: u64, dim: u32, target: [*]f32) callconv(.c) Status {
+pub fn dequantize(
+    format_code: u32,
+    rotate: u32,
+    source: [*]const u8,
+    rows: u64,
+    dim: u32,
+    target: [*]f32,
+) callconv(.c) Status {
     const half = half_of(format_code, dim, rotate) catch |err| return fail(err);
     const row = gpa.alignedAlloc(f32, .@"64", half.dim_stored()) catch |err| return fail(err);
     defer gpa.free(row);
@@ -383,7 +433,10 @@ fn half_of(format_code: u32, dim: u32, rotate: u32) error{InvalidArgument}!forma
 
 pub fn set_num_threads(count: u32) callconv(.c) Status {
     if (count == 0 or count > threads.count_max) {
-        message.set("the number of threads is {d}; expected 1 to {d}", .{ count, threads.count_max });
+        message.set(
+            "the number of threads is {d}; expected 1 to {d}",
+            .{ count, threads.count_max },
+        );
         return fail(error.InvalidArgument);
     }
     threads.set_thread_count(count);
@@ -421,57 +474,4 @@ pub fn last_error() callconv(.c) [*:0]const u8 {
 /// This ABI as JSON.
 pub fn manifest() callconv(.c) [*:0]const u8 {
     return @import("manifest.zig").json;
-}
-
-// ---- errors and sized structs ----
-
-const Error = error{
-    OutOfMemory,
-    PoolExhausted,
-    InvalidArgument,
-    NotFinite,
-    NotRepresentable,
-    AbiMismatch,
-    ForeignBuffer,
-    Corrupt,
-    UnknownIsa,
-};
-
-/// The one place where an error becomes a code, and a sentence where none was said. The switch is
-/// exhaustive, so a new error does not compile until it is mapped.
-fn fail(err: Error) Status {
-    const status: Status, const text: []const u8 = switch (err) {
-        error.OutOfMemory => .{ .out_of_memory, "the system has no memory left for this" },
-        error.PoolExhausted => .{ .pool_exhausted, "the pool's byte limit leaves no room for this" },
-        error.InvalidArgument => .{ .invalid_argument, "an argument is out of range" },
-        error.NotFinite => .{ .not_finite, "a value is NaN or infinite" },
-        error.NotRepresentable => .{ .not_representable, "a value is too large for its precision" },
-        error.AbiMismatch => .{ .abi_mismatch, "a struct's size_bytes is not one that this library knows" },
-        error.ForeignBuffer => .{ .foreign_buffer, "the buffer is not one that this pool has handed out" },
-        error.Corrupt => .{ .corrupt, "an invariant does not hold" },
-        error.UnknownIsa => .{ .invalid_argument, "no such ISA in this library, or not on this CPU" },
-    };
-    message.settle(text);
-    return status;
-}
-
-/// The caller's (maybe older, shorter) struct over this build's defaults.
-fn adopt(comptime T: type, given: *const T) error{AbiMismatch}!T {
-    var full: T = .{};
-    if (given.size_bytes > @sizeOf(T) or given.size_bytes < @sizeOf(u32)) return error.AbiMismatch;
-    const source: [*]const u8 = @ptrCast(given);
-    @memcpy(std.mem.asBytes(&full)[0..given.size_bytes], source[0..given.size_bytes]);
-    full.size_bytes = @sizeOf(T);
-    return full;
-}
-
-/// As much of `value` as the caller's `out.size_bytes` has room for.
-fn hand_out(comptime T: type, out: *T, value: T) Status {
-    const size = out.size_bytes;
-    if (size < @sizeOf(u32)) return fail(error.AbiMismatch);
-    const target: [*]u8 = @ptrCast(out);
-    const known = @min(size, @sizeOf(T));
-    @memcpy(target[0..known], std.mem.asBytes(&value)[0..known]);
-    out.size_bytes = known;
-    return .ok;
 }

@@ -1,5 +1,5 @@
-//! The value side of attention: outputs of up to four query rows += weights times the values of a page,
-//! read as they are packed. Called by attend.zig through the kernel table.
+//! The value side of attention: outputs of up to four query rows += weights times the values of a
+//! page, read as they are packed. Called by attend.zig through the kernel table.
 const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
@@ -31,7 +31,13 @@ pub fn accumulate(comptime T: type, comptime rows: usize, args: *const Accumulat
     const flight = if (vec.wide_registers) 4 else 2;
     const chunks = args.dim / vec.lanes;
     var chunk: usize = 0;
-    while (chunk + flight <= chunks) : (chunk += flight) accumulate_float(T, rows, flight, args, chunk);
+    while (chunk + flight <= chunks) : (chunk += flight) accumulate_float(
+        T,
+        rows,
+        flight,
+        args,
+        chunk,
+    );
     while (chunk < chunks) : (chunk += 1) accumulate_float(T, rows, 1, args, chunk);
 }
 
@@ -80,8 +86,8 @@ fn Weights(comptime rows: usize) type {
     };
 }
 
-/// Weights times scales become 14-bit integers per row and group, then exact integer dot products over
-/// the tokens of the page.
+/// Weights times scales become 14-bit integers per row and group, then exact integer dot products
+/// over the tokens of the page.
 fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const AccumulateArgs) void {
     const groups = args.dim / format.group;
     const codes_bytes = args.dim * format.page_tokens * T.bits / 8;
@@ -90,9 +96,12 @@ fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const Accum
     var first: usize = 0;
     while (first < groups) : (first += Weights(rows).groups) {
         const count = @min(Weights(rows).groups, groups - first);
-        quantize_weights(T, rows, args, scales, first, groups, &weights);
+        quantize_weights(T, rows, args, scales, first, count, &weights);
         for (0..count) |i| {
-            vec.prefetch(args.next + codes_bytes + (first + i) * format.page_tokens * 2, format.page_tokens * 2);
+            vec.prefetch(
+                args.next + codes_bytes + (first + i) * format.page_tokens * 2,
+                format.page_tokens * 2,
+            );
             accumulate_group(T, rows, args, first + i, i * rows, &weights);
         }
     }
@@ -103,7 +112,10 @@ inline fn weight(args: *const AccumulateArgs, row: usize, block: usize) F {
 }
 
 inline fn load_scale(scales: [*]const f16, g: usize, block: usize) F {
-    return vec.from_f16(16, vec.load(@Vector(16, f16), scales + g * format.page_tokens + block * 16));
+    return vec.from_f16(
+        16,
+        vec.load(@Vector(16, f16), scales + g * format.page_tokens + block * 16),
+    );
 }
 
 fn quantize_weights(
@@ -112,35 +124,43 @@ fn quantize_weights(
     args: *const AccumulateArgs,
     scales: [*]const f16,
     first: usize,
-    groups: usize,
+    count: usize,
     weights: *Weights(rows),
 ) void {
-    @setEvalBranchQuota(100_000); // everything below is unrolled
-    var maxima: [vec.lanes]F = undefined;
-    inline for (0..Weights(rows).groups) |i| {
-        // Past the last group: its own weights again, unused.
-        const g = @min(first + i, groups - 1);
-        inline for (0..format.blocks_per_page) |b| {
-            const scale = @abs(load_scale(scales, g, b));
-            inline for (0..rows) |r| {
-                const product = weight(args, r, b) * scale;
-                maxima[i * rows + r] = if (b == 0) product else vec.max(maxima[i * rows + r], product);
-            }
+    var maxima: [vec.lanes]F = @splat(vec.splat(0));
+    for (0..count) |i| {
+        var tops: [rows]F = @splat(vec.splat(0));
+        for (0..format.blocks_per_page) |b| {
+            const scale = @abs(load_scale(scales, first + i, b));
+            inline for (0..rows) |r| tops[r] = vec.max(tops[r], weight(args, r, b) * scale);
         }
+        inline for (0..rows) |r| maxima[i * rows + r] = tops[r];
     }
     const top = vec.reduce_each(.max, &maxima);
     weights.units = top * vec.splat(1.0 / weight_limit);
     // Weights whose largest is this small are worth nothing, and their reciprocal overflows.
     const worth = top > vec.splat(1e-30);
-    const inverses: [vec.lanes]f32 = @select(f32, worth, vec.splat(weight_limit) / top, vec.splat(0));
-    var sums: [vec.lanes]I = undefined;
-    inline for (0..Weights(rows).groups) |i| {
-        const g = @min(first + i, groups - 1);
+    const inverses: [vec.lanes]f32 = @select(
+        f32,
+        worth,
+        vec.splat(weight_limit) / top,
+        vec.splat(0),
+    );
+    var sums: [vec.lanes]I = @splat(@splat(0));
+    for (0..count) |i| {
         var scale: [format.blocks_per_page]F = undefined;
-        inline for (0..format.blocks_per_page) |b| scale[b] = load_scale(scales, g, b);
-        inline for (0..rows) |r| {
+        inline for (0..format.blocks_per_page) |b| scale[b] = load_scale(scales, first + i, b);
+        for (0..rows) |r| {
             const pair = i * rows + r;
-            sums[pair] = split_weights(T, args, r, &scale, inverses[pair], &weights.high[pair], &weights.low[pair]);
+            sums[pair] = split_weights(
+                T,
+                args,
+                r,
+                &scale,
+                inverses[pair],
+                &weights.high[pair],
+                &weights.low[pair],
+            );
         }
     }
     weights.totals = vec.sum_each(&sums);
@@ -164,13 +184,17 @@ inline fn split_weights(
     var total: U = @splat(0);
     inline for (0..format.blocks_per_page) |b| {
         // The integer, plus `centre`, stands in the low bits of the sum with the magic number.
-        const bits: U = @bitCast(weight(args, row, b) * (scale[b] * vec.splat(inverse)) + vec.splat(magic));
+        const bits: U = @bitCast(
+            weight(args, row, b) * (scale[b] * vec.splat(inverse)) + vec.splat(magic),
+        );
         total +%= bits;
         low |= (bits << @splat(8 * b)) & @as(U, @splat(0x7f << (8 * b)));
         const shifted = if (b == 0) bits >> @splat(7) else bits << @splat(8 * b - 7);
         high |= shifted & @as(U, @splat(0xff << (8 * b)));
     }
-    if (centre != 0) low = @bitCast(@as(vec.Codes, @bitCast(low)) -% @as(vec.Codes, @splat(centre)));
+    if (centre != 0) low = @bitCast(
+        @as(vec.Codes, @bitCast(low)) -% @as(vec.Codes, @splat(centre)),
+    );
     vec.store(high_words, high);
     vec.store(low_words, low);
     const magic_bits: u32 = @bitCast(@as(f32, magic));
@@ -202,8 +226,14 @@ fn accumulate_group(
         inline for (0..T.chunks_per_load) |which| inline for (0..rows) |r| {
             const quad = l * T.chunks_per_load + which;
             inline for (0..halves) |h| {
-                sums[0][r][h].dot(score.select_nibbles(T, codes[h], which), weights.high[pair + r][quad]);
-                sums[1][r][h].dot(score.select_nibbles(T, codes[h], which), weights.low[pair + r][quad]);
+                sums[0][r][h].dot(
+                    score.select_nibbles(T, codes[h], which),
+                    weights.high[pair + r][quad],
+                );
+                sums[1][r][h].dot(
+                    score.select_nibbles(T, codes[h], which),
+                    weights.low[pair + r][quad],
+                );
             }
         };
     }

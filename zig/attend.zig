@@ -1,10 +1,9 @@
-//! Attention over a cache. Work is cut into units (a tier's tokens within one chunk of positions) and
-//! blocks of query rows, always in the same way; a unit's result depends on its tokens alone, and units
-//! merge in the order of positions. So a query gives the same bits alone or in a batch, on one thread
-//! or many. Called by abi.zig; calls the kernel table, state.zig, threads.zig.
+//! Attention over a cache. Work is cut into units (a tier's tokens within one chunk of positions)
+//! and blocks of query rows, always in the same way; a unit's result depends on its tokens alone,
+//! and units merge in the order of positions. So a query gives the same bits alone or in a batch,
+//! on one thread or many. Called by abi.zig; calls the kernel table, state.zig, threads.zig.
 const std = @import("std");
 const abi = @import("abi.zig");
-const accumulate = @import("accumulate.zig");
 const cache_file = @import("cache.zig");
 const dispatch = @import("dispatch.zig");
 const format = @import("format.zig");
@@ -18,9 +17,13 @@ const threads = @import("threads.zig");
 const vec = @import("vec.zig");
 const Cache = cache_file.Cache;
 const State = @import("state.zig").State;
+const step_file = @import("step.zig");
+const Step = step_file.Step;
+const Window = step_file.Window;
 const Tier = @import("tier.zig").Tier;
 
-/// Positions of a chunk: small enough to share among threads, large enough that merging costs nothing.
+/// Positions of a chunk: small enough to share among threads, large enough that merging costs
+/// nothing.
 const chunk_tokens = 2048;
 /// Query rows that one task works on while a page is in the nearest cache.
 const task_rows = 64;
@@ -37,8 +40,10 @@ pub const Request = struct {
     out: [*]f32, // (query_tokens, query_heads, value_dim)
 };
 
+pub const Error = error{ InvalidArgument, OutOfMemory, NotFinite };
+
 /// Attends, or says why not and leaves the outputs alone.
-pub fn attend(cache: *Cache, request: *const Request) error{ InvalidArgument, OutOfMemory, NotFinite }!void {
+pub fn attend(cache: *Cache, request: *const Request) Error!void {
     const config = &cache.config;
     if (request.query_heads == 0 or request.query_heads % config.num_kv_heads != 0) {
         message.set("query has {d} heads; expected a multiple of the cache's {d} kv heads", .{
@@ -55,12 +60,17 @@ pub fn attend(cache: *Cache, request: *const Request) error{ InvalidArgument, Ou
     cache.lock.lockShared();
     defer cache.lock.unlockShared();
     if (request.query_tokens > cache.next and cache.next > 0) {
-        message.set("query has {d} tokens; the cache has seen only {d}", .{ request.query_tokens, cache.next });
+        message.set("query has {d} tokens; the cache has seen only {d}", .{
+            request.query_tokens, cache.next,
+        });
         return error.InvalidArgument;
     }
     const options = &request.options;
-    if ((request.mask_kind != .none or options.mass != null) and options.live_tokens != cache.len()) {
-        message.set("mask or mass is for {d} tokens; the cache holds {d}", .{ options.live_tokens, cache.len() });
+    const sized = request.mask_kind != .none or options.mass != null;
+    if (sized and options.live_tokens != cache.len()) {
+        message.set("mask or mass is for {d} tokens; the cache holds {d}", .{
+            options.live_tokens, cache.len(),
+        });
         return error.InvalidArgument;
     }
     if (request.query_tokens == 0) return;
@@ -69,7 +79,7 @@ pub fn attend(cache: *Cache, request: *const Request) error{ InvalidArgument, Ou
     job.run();
 }
 
-const Unit = struct { tier: usize, start: u64, end: u64 };
+pub const Unit = struct { tier: usize, start: u64, end: u64 };
 
 /// One call of `attend`.
 const Job = struct {
@@ -113,12 +123,14 @@ const Job = struct {
             job.units += unit_count(tier);
             bytes += tier.page_count() * tier.page_bytes();
         }
-        const workers = if (bytes * job.blocks < parallel_bytes_min) 1 else @min(threads.thread_count(), scratch.Lanes.count_max);
+        const parallel = bytes * job.blocks >= parallel_bytes_min;
+        const workers = if (parallel) @min(threads.thread_count(), scratch.Lanes.count_max) else 1;
         const tasks = config.num_kv_heads * job.blocks;
         job.split = workers > 1 and tasks < 4 * workers and job.units > 1;
         const lanes: usize = @min(workers, if (job.split) tasks * job.units else tasks);
         const lane_size = job.lane_floats();
-        const partial_floats = if (job.split) tasks * job.units * State.floats(job.rows_max, job.value_dim()) else 0;
+        const state_floats = State.floats(job.rows_max, job.value_dim());
+        const partial_floats = if (job.split) tasks * job.units * state_floats else 0;
         job.memory = try scratch.acquire(lanes * lane_size + partial_floats);
         job.lanes = .init(job.memory[0 .. lanes * lane_size], lanes);
         job.partials = @alignCast(job.memory[lanes * lane_size ..]);
@@ -140,9 +152,10 @@ const Job = struct {
     /// f32 values that a task works in: a prepared query and three states.
     fn lane_floats(job: *const Job) usize {
         const dim = job.key_dim();
-        const groups = dim / format.group;
-        const query = job.rows_max * (dim + 2 * dim / 4 + 2 * std.mem.alignForward(usize, groups, vec.lanes));
-        return std.mem.alignForward(usize, query, vec.lanes) + 3 * State.floats(job.rows_max, job.value_dim());
+        const groups = std.mem.alignForward(usize, dim / format.group, vec.lanes);
+        const query = job.rows_max * (dim + dim / 2 + 2 * groups);
+        const states = 3 * State.floats(job.rows_max, job.value_dim());
+        return std.mem.alignForward(usize, query, vec.lanes) + states;
     }
 
     fn run(job: *Job) void {
@@ -208,8 +221,8 @@ const Job = struct {
         unreachable;
     }
 
-    /// The probabilities of all tokens, in a second pass: one kv head after the other, its queries in
-    /// order, so that every sum has a fixed order.
+    /// The probabilities of all tokens, in a second pass: one kv head after the other, its queries
+    /// in order, so that every sum has a fixed order.
     fn run_mass(job: *Job) void {
         const live: usize = @intCast(job.cache.len());
         const mass: [*]f32 = @ptrCast(@alignCast(job.request.options.mass.?));
@@ -230,9 +243,9 @@ fn unit_count(tier: *const Tier) usize {
     return @intCast((tier.end - 1) / chunk_tokens - tier.start / chunk_tokens + 1);
 }
 
-/// One block of query rows of one kv head. Row r is query `first_query + r / ratio`, head `r % ratio` of
-/// the kv head's query heads.
-const Work = struct {
+/// One block of query rows of one kv head. Row r is query `first_query + r / ratio`, head `r %
+/// ratio` of the kv head's query heads.
+pub const Work = struct {
     job: *Job,
     head: usize,
     block: usize,
@@ -305,27 +318,28 @@ const Work = struct {
                 index += 1;
             }
             if (tier.value.rotated) for (0..work.rows) |r| {
-                job.table.rotate(work.tier_state.outputs.ptr + r * work.tier_state.dim, tier.value.dim_stored());
+                const outputs = work.tier_state.outputs.ptr + r * work.tier_state.dim;
+                job.table.rotate(outputs, tier.value.dim_stored());
             };
             work.total.merge(work.tier_state);
         }
         work.finish();
     }
 
-    fn query_of(work: *const Work, row: usize) usize {
+    pub fn query_of(work: *const Work, row: usize) usize {
         return work.first_query + row / work.job.ratio;
     }
 
-    fn query_head_of(work: *const Work, row: usize) usize {
+    pub fn query_head_of(work: *const Work, row: usize) usize {
         return work.head * work.job.ratio + row % work.job.ratio;
     }
 
-    fn query_position(work: *const Work, row: usize) u64 {
+    pub fn query_position(work: *const Work, row: usize) u64 {
         return work.job.cache.next -| work.job.request.query_tokens + work.query_of(row);
     }
 
     /// Positions that a row may see: [start, end).
-    fn visible(work: *const Work, row: usize) struct { start: u64, end: u64 } {
+    pub fn visible(work: *const Work, row: usize) struct { start: u64, end: u64 } {
         const options = &work.job.request.options;
         const position = work.query_position(row);
         return .{
@@ -338,7 +352,8 @@ const Work = struct {
         const request = work.job.request;
         const dim = work.job.cache.config.head_dim;
         const softcap = request.options.softcap;
-        const factor = if (softcap == 0) request.scale * softmax.log2_e else request.scale * 2 * softmax.log2_e / softcap;
+        const plain = request.scale * softmax.log2_e;
+        const factor = if (softcap == 0) plain else 2 * plain / softcap;
         for (0..work.rows) |r| {
             const row = work.query_of(r) * request.query_heads + work.query_head_of(r);
             work.job.table.prepare[@backingInt(tier.key.format)](&.{
@@ -369,7 +384,7 @@ const Work = struct {
             const window: Window = .init(tier, position, range.end, work.head);
             var row: usize = 0;
             while (row < work.rows) {
-                const count = row_count(work.rows - row);
+                const count = @min(score.rows_max, work.rows - row);
                 var step: Step = .init(work, tier, unit, &window, row, count);
                 if (step.any_seen()) step.accumulate(mine);
                 row += count;
@@ -395,7 +410,7 @@ const Work = struct {
                     const window: Window = .init(tier, position, range.end, work.head);
                     var row: usize = 0;
                     while (row < work.rows) {
-                        const rows = row_count(work.rows - row);
+                        const rows = @min(score.rows_max, work.rows - row);
                         var step: Step = .init(work, tier, unit, &window, row, rows);
                         if (step.any_seen()) step.add_mass(work.total.top[row..], totals[row..]);
                         row += rows;
@@ -414,7 +429,9 @@ const Work = struct {
         const lse: ?[*]f32 = @ptrCast(@alignCast(request.options.lse));
         for (0..work.rows) |r| {
             const head = work.query_head_of(r);
-            if (sinks) |logits| work.total.add_sink(r, @max(logits[head] * softmax.log2_e, softmax.hidden / 10));
+            if (sinks) |logits| {
+                work.total.add_sink(r, @max(logits[head] * softmax.log2_e, softmax.hidden / 10));
+            }
             const sum = work.total.total(r);
             const inverse = if (sum > 0) 1 / sum else 0;
             const row = work.query_of(r) * request.query_heads + head;
@@ -425,208 +442,3 @@ const Work = struct {
         }
     }
 };
-
-fn row_count(rows_left: usize) usize {
-    return if (rows_left >= 4) 4 else if (rows_left >= 2) 2 else 1;
-}
-
-/// Up to 64 slots of one page that kernels take at once.
-const Window = struct {
-    keys: [*]const u8,
-    values: [*]const u8,
-    next_keys: [*]const u8,
-    next_values: [*]const u8,
-    /// Position of slot 0.
-    base: u64,
-    /// Position after the last slot in use.
-    end: u64,
-
-    fn init(tier: *const Tier, position: u64, end: u64, head: usize) Window {
-        const at = locate(tier, position, head);
-        const number = position / tier.tokens_per_page;
-        const page_end = (number + 1) * tier.tokens_per_page;
-        const window_end = @min(end, page_end, at.base + format.page_tokens);
-        const next = if (window_end < end) locate(tier, window_end, head) else at;
-        return .{
-            .keys = at.keys,
-            .values = at.values,
-            .next_keys = next.keys,
-            .next_values = next.values,
-            .base = at.base,
-            .end = window_end,
-        };
-    }
-
-    const Location = struct { keys: [*]const u8, values: [*]const u8, base: u64 };
-
-    fn locate(tier: *const Tier, position: u64, head: usize) Location {
-        const number = position / tier.tokens_per_page;
-        const page = tier.page_at(number, head);
-        const slot: usize = @intCast(position % tier.tokens_per_page);
-        const first = slot / format.page_tokens * format.page_tokens;
-        return .{
-            .keys = tier.keys_of(page) + (if (first == 0) 0 else first * tier.key.row_bytes()),
-            .values = tier.values_of(page) + (if (first == 0) 0 else first * tier.value.row_bytes()),
-            .base = number * tier.tokens_per_page + first,
-        };
-    }
-};
-
-/// A block of up to four rows against one window.
-const Step = struct {
-    work: *Work,
-    tier: *const Tier,
-    window: *const Window,
-    row: usize,
-    count: usize,
-    /// Slots that each row sees, and their union in blocks of 16.
-    first: [score.rows_max]u32,
-    end: [score.rows_max]u32,
-    first_block: usize,
-    end_block: usize,
-    scores: score.Scores align(64),
-
-    fn init(work: *Work, tier: *const Tier, unit: Unit, window: *const Window, row: usize, count: usize) Step {
-        var step: Step = .{
-            .work = work,
-            .tier = tier,
-            .window = window,
-            .row = row,
-            .count = count,
-            .first = @splat(0),
-            .end = @splat(0),
-            .first_block = format.blocks_per_page,
-            .end_block = 0,
-            .scores = undefined,
-        };
-        for (0..count) |r| {
-            const visible = work.visible(row + r);
-            const start = @max(unit.start, visible.start, window.base);
-            const end = @min(unit.end, visible.end, window.end);
-            if (start >= end) continue;
-            step.first[r] = @intCast(start - window.base);
-            step.end[r] = @intCast(end - window.base);
-            step.first_block = @min(step.first_block, step.first[r] / format.block_slots);
-            step.end_block = @max(step.end_block, (step.end[r] - 1) / format.block_slots + 1);
-        }
-        return step;
-    }
-
-    fn any_seen(step: *const Step) bool {
-        return step.end_block > step.first_block;
-    }
-
-    /// Scores become logits; unseen slots are hidden.
-    fn compute_logits(step: *Step) void {
-        const table = step.work.job.table;
-        table.score[@backingInt(step.tier.key.format)][kernels.Table.row_index(step.count)](&.{
-            .keys = step.window.keys,
-            .next = if (step.row == 0) step.window.next_keys else step.window.keys,
-            .dim = step.tier.key.dim_stored(),
-            .query = &step.work.query,
-            .row = step.row,
-            .first_block = step.first_block,
-            .end_block = step.end_block,
-            .scores = &step.scores,
-        });
-        const options = &step.work.job.request.options;
-        const plain = options.softcap == 0 and options.alibi_slopes == null and options.mask == null;
-        if (plain and step.all_seen()) return;
-        step.adjust();
-    }
-
-    fn all_seen(step: *const Step) bool {
-        for (0..step.count) |r| {
-            if (step.first[r] != 0 or step.end[r] != format.page_tokens) return false;
-        }
-        return true;
-    }
-
-    fn adjust(step: *Step) void {
-        const work = step.work;
-        const request = work.job.request;
-        const options = &request.options;
-        const slopes: ?[*]const f32 = @ptrCast(@alignCast(options.alibi_slopes));
-        var args: softmax.AdjustArgs = .{
-            .scores = &step.scores,
-            .rows = step.count,
-            .first = step.first,
-            .end = step.end,
-            .softcap = options.softcap * softmax.log2_e,
-            .alibi = @intFromBool(slopes != null),
-            .slopes = @splat(0),
-            .distances = @splat(0),
-            .mask_kind = @backingInt(request.mask_kind),
-            .masks = @splat(0),
-        };
-        for (0..step.count) |r| {
-            const head = work.query_head_of(step.row + r);
-            if (slopes) |s| args.slopes[r] = s[head] * softmax.log2_e;
-            args.distances[r] = @as(i64, @intCast(step.window.base)) - @as(i64, @intCast(work.query_position(step.row + r)));
-            if (request.mask_kind == .none) continue;
-            const entry = @as(i64, @intCast(work.query_of(step.row + r))) * options.mask_query_stride +
-                @as(i64, @intCast(head)) * options.mask_head_stride + step.column();
-            const size: i64 = if (request.mask_kind == .boolean) 1 else 4;
-            args.masks[r] = @intFromPtr(options.mask.?) +% offset(entry * size);
-        }
-        work.job.table.adjust(&args);
-    }
-
-    /// Index of slot 0 among the live tokens; negative where slot 0 is not live.
-    fn column(step: *const Step) i64 {
-        var before: u64 = 0;
-        for (&step.work.job.cache.tiers) |*tier| {
-            if (tier == step.tier) break;
-            before += tier.tokens();
-        }
-        const index: i64 = @intCast(before);
-        return index + @as(i64, @intCast(step.window.base)) - @as(i64, @intCast(step.tier.start));
-    }
-
-    fn accumulate(step: *Step, state: State) void {
-        const table = step.work.job.table;
-        var corrections: [score.rows_max]f32 = undefined;
-        step.compute_logits();
-        table.update(&.{
-            .scores = &step.scores,
-            .rows = step.count,
-            .running = .{ .top = state.top.ptr + step.row, .sums = state.sums.ptr + step.row * vec.lanes },
-            .corrections = &corrections,
-        });
-        table.accumulate[@backingInt(step.tier.value.format)][kernels.Table.row_index(step.count)](&.{
-            .values = step.window.values,
-            .next = if (step.row == 0) step.window.next_values else step.window.values,
-            .dim = step.tier.value.dim_stored(),
-            .first_block = step.first_block,
-            .end_block = step.end_block,
-            .weights = &step.scores,
-            .corrections = &corrections,
-            .outputs = state.outputs.ptr + step.row * state.dim,
-            .output_stride = state.dim,
-        });
-    }
-
-    fn add_mass(step: *Step, top: []const f32, totals: []const f32) void {
-        step.compute_logits();
-        var args: softmax.MassArgs = .{
-            .scores = &step.scores,
-            .rows = step.count,
-            .top = top.ptr,
-            .total = totals.ptr,
-            .first = step.first,
-            .end = step.end,
-            .mass = @splat(0),
-        };
-        const live: i64 = @intCast(step.work.job.cache.len());
-        for (0..step.count) |r| {
-            const head: i64 = @intCast(step.work.query_head_of(step.row + r));
-            args.mass[r] = @intFromPtr(step.work.mass.?) +% offset((head * live + step.column()) * 4);
-        }
-        step.work.job.table.add_mass(&args);
-    }
-};
-
-/// A signed byte offset for wrapping addition to an address.
-fn offset(bytes: i64) usize {
-    return @truncate(@as(u64, @bitCast(bytes)));
-}

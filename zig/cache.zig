@@ -1,14 +1,14 @@
-//! START HERE. The two-tier cache (and, with an empty store, the pooled one): which token is where, and
-//! when it moves. The walk of a token:
+//! START HERE. The two-tier cache (and, with an empty store, the pooled one): which token is
+//! where, and when it moves. The walk of a token:
 //!
-//! `append` checks the input and reserves every page it will need; new rows go to the **tail** (or the
-//! **sinks**, or, in a long append, straight to the store); `migrate` takes whole batches of the oldest
-//! tail tokens, encode.zig packs them into pages of the **store**; attend.zig walks sinks, store and
-//! tail with the kernels, on the packed bytes, merging with a running softmax; eviction, `trim` and
-//! `clear` give pages back to the **pool**.
+//! `append` checks the input and reserves every page it will need; new rows go to the **tail** (or
+//! the **sinks**, or, in a long append, straight to the store); `migrate` takes whole batches of
+//! the oldest tail tokens, encode.zig packs them into pages of the **store**; attend.zig walks
+//! sinks, store and tail with the kernels, on the packed bytes, merging with a running softmax;
+//! eviction, `trim` and `clear` give pages back to the **pool**.
 //!
-//! The state depends on the token stream alone, however it was cut into appends. An operation happens
-//! wholly or not at all. Called by abi.zig; calls tier.zig, encode.zig, pool.zig.
+//! The state depends on the token stream alone, however it was cut into appends. An operation
+//! happens wholly or not at all. Called by abi.zig; calls tier.zig, encode.zig, pool.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const abi = @import("abi.zig");
@@ -59,7 +59,11 @@ pub const Cache = struct {
         const cache = try gpa.create(Cache);
         errdefer gpa.destroy(cache);
         const tiers = config.tiers();
-        const dim_max = std.mem.alignForward(usize, @max(config.head_dim, config.value_dim), format.group);
+        const dim_max = std.mem.alignForward(
+            usize,
+            @max(config.head_dim, config.value_dim),
+            format.group,
+        );
         const rows = try gpa.alignedAlloc(f32, .@"64", format.page_tokens * dim_max);
         cache.* = .{
             .gpa = gpa,
@@ -71,7 +75,8 @@ pub const Cache = struct {
             .value_limit = std.math.floatMax(f32),
         };
         for (tiers, 0..) |tier, t| {
-            if (config.kind == .pooled and t == @backingInt(TierName.store)) continue; // always empty
+            // always empty
+            if (config.kind == .pooled and t == @backingInt(TierName.store)) continue;
             cache.key_limit = @min(cache.key_limit, input_file.limit_of(tier.key));
             cache.value_limit = @min(cache.value_limit, input_file.limit_of(tier.value));
         }
@@ -101,8 +106,8 @@ pub const Cache = struct {
     /// Where everything is after an append.
     const Plan = struct { next: u64, begin: u64, boundary: u64 };
 
-    /// The tier rule: batches aligned to position 0 migrate as soon as `tail_length` newer tokens exist;
-    /// the oldest tokens beyond `max_tokens` go, sinks never.
+    /// The tier rule: batches aligned to position 0 migrate as soon as `tail_length` newer tokens
+    /// exist; the oldest tokens beyond `max_tokens` go, sinks never.
     fn plan(cache: *const Cache, tokens: u64) Plan {
         const config = &cache.config;
         const next = cache.next + tokens;
@@ -182,11 +187,31 @@ pub const Cache = struct {
             const page_start = number * tier.tokens_per_page;
             const slot: usize = @intCast(position - page_start);
             const room = tier.tokens_per_page - slot;
-            const run: usize = @intCast(@min(end - position, room, format.page_tokens - slot % format.page_tokens));
+            const run: usize = @intCast(
+                @min(end - position, room, format.page_tokens - slot % format.page_tokens),
+            );
             for (0..tier.heads) |head| {
                 const page = tier.page_at(number, head);
-                cache.fill_half(.key, tier.key, tier.keys_of(page), position, slot, run, head, source);
-                cache.fill_half(.value, tier.value, tier.values_of(page), position, slot, run, head, source);
+                cache.fill_half(
+                    .key,
+                    tier.key,
+                    tier.keys_of(page),
+                    position,
+                    slot,
+                    run,
+                    head,
+                    source,
+                );
+                cache.fill_half(
+                    .value,
+                    tier.value,
+                    tier.values_of(page),
+                    position,
+                    slot,
+                    run,
+                    head,
+                    source,
+                );
             }
             position += run;
         }
@@ -214,7 +239,9 @@ pub const Cache = struct {
         const f = @backingInt(half.format);
         if (!half.quantized()) {
             const target = base + slot * half.row_bytes();
-            table.encode_rows[f].?(&.{ .target = target, .rows = rows.ptr, .count = run, .dim = dim });
+            table.encode_rows[f].?(
+                &.{ .target = target, .rows = rows.ptr, .count = run, .dim = dim },
+            );
         } else if (run == format.page_tokens) {
             const encoder = (if (side == .key) table.encode_keys[f] else table.encode_values[f]).?;
             encoder(&.{ .half = base, .rows = rows.ptr, .dim = dim });
@@ -224,7 +251,14 @@ pub const Cache = struct {
     }
 
     /// One row at tail precision, padded with zeros.
-    fn read_row(cache: *Cache, comptime side: Side, position: u64, head: usize, source: Source, row: []f32) void {
+    fn read_row(
+        cache: *Cache,
+        comptime side: Side,
+        position: u64,
+        head: usize,
+        source: Source,
+        row: []f32,
+    ) void {
         const tail = cache.tier_of(.tail);
         if (position >= source.first) {
             const input = if (side == .key) &source.keys else &source.values;
@@ -244,14 +278,23 @@ pub const Cache = struct {
 
     // ---- reading back ----
 
-    /// De-quantized, un-rotated rows of `tokens` live tokens, oldest first, from index `first` on, into
-    /// (token, head, dim).
-    pub fn get(cache: *Cache, first: u64, tokens: u64, keys: [*]f32, values: [*]f32) error{InvalidArgument}!void {
+    /// De-quantized, un-rotated rows of `tokens` live tokens, oldest first, from index `first` on,
+    /// into (token, head, dim).
+    pub fn get(
+        cache: *Cache,
+        first: u64,
+        tokens: u64,
+        keys: [*]f32,
+        values: [*]f32,
+    ) error{InvalidArgument}!void {
         cache.lock.lockShared();
         defer cache.lock.unlockShared();
         const live = cache.len();
         if (first > live or tokens > live - first) {
-            message.set("tokens [{d}, {d}) asked of {d} live tokens", .{ first, first +| tokens, live });
+            message.set(
+                "tokens [{d}, {d}) asked of {d} live tokens",
+                .{ first, first +| tokens, live },
+            );
             return error.InvalidArgument;
         }
         const config = &cache.config;
@@ -264,13 +307,31 @@ pub const Cache = struct {
             while (i < to) : (i += 1) for (0..tier.heads) |head| {
                 const row: usize = @intCast((i - first) * config.num_kv_heads + head);
                 const position = tier.start + (i - index);
-                read_back(tier, .key, position, head, keys[row * config.head_dim ..][0..config.head_dim]);
-                read_back(tier, .value, position, head, values[row * config.value_dim ..][0..config.value_dim]);
+                read_back(
+                    tier,
+                    .key,
+                    position,
+                    head,
+                    keys[row * config.head_dim ..][0..config.head_dim],
+                );
+                read_back(
+                    tier,
+                    .value,
+                    position,
+                    head,
+                    values[row * config.value_dim ..][0..config.value_dim],
+                );
             };
         }
     }
 
-    fn read_back(tier: *const Tier, comptime side: Side, position: u64, head: usize, target: []f32) void {
+    fn read_back(
+        tier: *const Tier,
+        comptime side: Side,
+        position: u64,
+        head: usize,
+        target: []f32,
+    ) void {
         const half = if (side == .key) tier.key else tier.value;
         const page = tier.page_at(position / tier.tokens_per_page, head);
         const base = if (side == .key) tier.keys_of(page) else tier.values_of(page);
@@ -283,15 +344,19 @@ pub const Cache = struct {
 
     // ---- taking back ----
 
-    /// Removes the newest `tokens` live tokens; returns how many there were to remove. What stays keeps
-    /// its bits and its tier.
+    /// Removes the newest `tokens` live tokens; returns how many there were to remove. What stays
+    /// keeps its bits and its tier.
     pub fn trim(cache: *Cache, tokens: u64) error{OutOfMemory}!u64 {
         cache.lock.lock();
         defer cache.lock.unlock();
         const removed = @min(tokens, cache.len());
         const sinks = cache.tier_of(.sinks);
         const body = cache.len() - sinks.tokens();
-        var after: Plan = .{ .next = cache.next - @min(removed, body), .begin = cache.begin, .boundary = cache.boundary };
+        var after: Plan = .{
+            .next = cache.next - @min(removed, body),
+            .begin = cache.begin,
+            .boundary = cache.boundary,
+        };
         if (removed > body) after.next = sinks.end - (removed - body);
         after.begin = @min(after.begin, after.next);
         after.boundary = @min(after.boundary, after.next);
@@ -313,7 +378,12 @@ pub const Cache = struct {
         var reserved: usize = 0;
         errdefer for (0..reserved) |t| cache.tiers[t].cancel(cache.gpa, cache.pool, &changes[t]);
         for (&cache.tiers, moved, &changes) |*tier, bound, *change| {
-            change.* = tier.reserve(cache.gpa, cache.pool, bound[0], bound[1]) catch return error.OutOfMemory;
+            change.* = tier.reserve(
+                cache.gpa,
+                cache.pool,
+                bound[0],
+                bound[1],
+            ) catch return error.OutOfMemory;
             assert(change.added == 0);
             reserved += 1;
         }
@@ -328,7 +398,11 @@ pub const Cache = struct {
     pub fn stats(cache: *Cache, out: *abi.CacheStats) void {
         cache.lock.lockShared();
         defer cache.lock.unlockShared();
-        const sinks, const store, const tail = .{ &cache.tiers[0], &cache.tiers[1], &cache.tiers[2] };
+        const sinks, const store, const tail = .{
+            &cache.tiers[0],
+            &cache.tiers[1],
+            &cache.tiers[2],
+        };
         out.* = .{
             .total_tokens = cache.len(),
             .sink_tokens = sinks.tokens(),
@@ -344,7 +418,9 @@ pub const Cache = struct {
             .migrated_tokens = cache.migrated,
             .overhead_bytes = @sizeOf(Cache) + cache.rows.len * @sizeOf(f32),
         };
-        for (cache.tiers) |tier| out.overhead_bytes += tier.pages.capacity * @sizeOf(tier_file.Page);
+        for (cache.tiers) |tier| {
+            out.overhead_bytes += tier.pages.capacity * @sizeOf(tier_file.Page);
+        }
     }
 
     /// Whether every invariant holds; the message names the first that does not.
@@ -356,65 +432,23 @@ pub const Cache = struct {
             message.set("the page table of the {s} does not match its positions", .{name});
             return error.Corrupt;
         }
-        const sinks, const store, const tail = .{ &cache.tiers[0], &cache.tiers[1], &cache.tiers[2] };
+        const sinks, const store, const tail = .{
+            &cache.tiers[0],
+            &cache.tiers[1],
+            &cache.tiers[2],
+        };
         const in_order = sinks.start == 0 and sinks.end <= store.start and
-            store.end == tail.start and tail.end == cache.next and sinks.end <= cache.config.sink_tokens;
+            store.end == tail.start and tail.end == cache.next and
+            sinks.end <= cache.config.sink_tokens;
         if (!in_order or cache.len() > cache.config.max_tokens or cache.boundary > cache.next) {
-            message.set("tiers are not in order: sinks [0, {d}), store [{d}, {d}), tail [{d}, {d}), next {d}", .{
+            const text = "out of order: sinks to {d}, store {d} to {d}, tail {d} to {d}, next {d}";
+            message.set(text, .{
                 sinks.end, store.start, store.end, tail.start, tail.end, cache.next,
             });
             return error.Corrupt;
         }
     }
-
-    /// A hash of every bit that is stored of live tokens, of their positions and tiers. Equal digests
-    /// mean equal states; pages' dead slots do not count.
-    pub fn digest(cache: *Cache) u64 {
-        cache.lock.lockShared();
-        defer cache.lock.unlockShared();
-        var hash = std.hash.XxHash64.init(0);
-        hash_int(&hash, cache.next);
-        hash_int(&hash, cache.boundary);
-        for (&cache.tiers) |*tier| {
-            hash_int(&hash, tier.start);
-            hash_int(&hash, tier.end);
-            for ([_]Half{ tier.key, tier.value }) |half| {
-                hash_int(&hash, @backingInt(half.format));
-                hash_int(&hash, half.dim);
-                hash_int(&hash, @intFromBool(half.rotated));
-            }
-            var position = tier.start;
-            while (position < tier.end) : (position += 1) for (0..tier.heads) |head| {
-                const page = tier.page_at(position / tier.tokens_per_page, head);
-                const slot: usize = @intCast(position % tier.tokens_per_page);
-                hash_token(&hash, tier.key, .key, tier.keys_of(page), slot);
-                hash_token(&hash, tier.value, .value, tier.values_of(page), slot);
-            };
-        }
-        return hash.final();
-    }
 };
-
-fn hash_int(hash: *std.hash.XxHash64, x: u64) void {
-    hash.update(&std.mem.toBytes(std.mem.nativeToLittle(u64, x)));
-}
-
-/// The stored bits of one token: its row, or its codes and scales.
-fn hash_token(hash: *std.hash.XxHash64, half: Half, comptime side: Side, base: [*]const u8, slot: usize) void {
-    switch (half.format) {
-        inline else => |tag| {
-            const T = format.all[@backingInt(tag)];
-            if (!T.quantized) return hash.update(base[slot * half.row_bytes() ..][0..half.row_bytes()]);
-            for (0..half.groups()) |g| {
-                const scale = half.scales(base)[g * format.page_tokens + slot];
-                var codes: [format.group]u8 = undefined;
-                for (&codes, 0..) |*code, i| code.* = T.get(side, base, slot, g * format.group + i);
-                hash.update(std.mem.asBytes(&scale));
-                hash.update(&codes);
-            }
-        },
-    }
-}
 
 /// What the tail makes of a row.
 fn round_row(tail_format: format.Format, row: []f32) void {

@@ -1,5 +1,5 @@
-//! The checked form of `abi.CacheConfig`: every field in range, every derived layout at hand. Called by
-//! abi.zig (`check`) and cache.zig (`tiers`).
+//! The checked form of `abi.CacheConfig`: every field in range, every derived layout at hand.
+//! Called by abi.zig (`check`) and cache.zig (`tiers`).
 const std = @import("std");
 const abi = @import("abi.zig");
 const format = @import("format.zig");
@@ -59,7 +59,9 @@ pub const Config = struct {
                 try in_range("migration_batch", from.migration_batch, 1, tokens_max);
                 const least = from.sink_tokens + from.tail_length + from.migration_batch;
                 if (least > from.max_tokens) {
-                    message.set("max_tokens is {d}; sink_tokens + tail_length + migration_batch need at least {d}", .{
+                    const text =
+                        "max_tokens is {d}; sink_tokens + tail_length + migration_batch is {d}";
+                    message.set(text, .{
                         from.max_tokens, least,
                     });
                     return error.InvalidArgument;
@@ -68,7 +70,10 @@ pub const Config = struct {
             .pooled => {
                 try in_range("tokens_per_block", from.tokens_per_block, 1, block_tokens_max);
                 if (from.sink_tokens >= from.max_tokens) {
-                    message.set("max_tokens is {d}; it must exceed sink_tokens, {d}", .{ from.max_tokens, from.sink_tokens });
+                    message.set(
+                        "max_tokens is {d}; it must exceed sink_tokens, {d}",
+                        .{ from.max_tokens, from.sink_tokens },
+                    );
                     return error.InvalidArgument;
                 }
             },
@@ -100,7 +105,12 @@ pub const Config = struct {
         };
     }
 
-    fn tier(config: *const Config, key: format.Format, value: format.Format, tokens_per_page: u32) Tier {
+    fn tier(
+        config: *const Config,
+        key: format.Format,
+        value: format.Format,
+        tokens_per_page: u32,
+    ) Tier {
         const slots = std.mem.alignForward(u32, tokens_per_page, format.block_slots);
         return .{
             .key = config.half(key, config.head_dim, slots),

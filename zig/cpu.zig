@@ -1,5 +1,5 @@
-//! What this CPU can do, asked of the CPU or the operating system; no libc, no allocation. Called by
-//! dispatch.zig.
+//! What this CPU can do, asked of the CPU or the operating system; no libc, no allocation. Called
+//! by dispatch.zig.
 const std = @import("std");
 const builtin = @import("builtin");
 
@@ -31,12 +31,20 @@ fn x86_levels() Levels {
     if (builtin.cpu.arch != .x86_64) return .{ .v3 = false, .v4_vnni = false };
     const highest = cpuid(0, 0).eax;
     const basic = cpuid(1, 0);
-    const extended: Leaf = if (highest >= 7) cpuid(7, 0) else .{ .eax = 0, .ebx = 0, .ecx = 0, .edx = 0 };
+    const extended: Leaf = if (highest >= 7) cpuid(7, 0) else .{
+        .eax = 0,
+        .ebx = 0,
+        .ecx = 0,
+        .edx = 0,
+    };
     const amd = cpuid(0x8000_0001, 0);
     const xsave = has_all(basic.ecx, &.{27});
     const saved = if (xsave) xgetbv() else 0; // register state the operating system saves
     const v3 = has_all(saved, &.{ 1, 2 }) and
-        has_all(basic.ecx, &.{ 0, 9, 12, 13, 19, 20, 22, 23, 28, 29 }) and // sse3 .. sse4.2 fma movbe avx f16c
+        has_all(
+            basic.ecx,
+            &.{ 0, 9, 12, 13, 19, 20, 22, 23, 28, 29 },
+        ) and // sse3 .. sse4.2 fma movbe avx f16c
         has_all(extended.ebx, &.{ 3, 5, 8 }) and // bmi1 avx2 bmi2
         has_all(amd.ecx, &.{5}); // lzcnt
     const v4_vnni = v3 and has_all(saved, &.{ 5, 6, 7 }) and

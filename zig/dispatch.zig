@@ -1,5 +1,6 @@
-//! Picks the kernel table at load: the best level that this CPU runs, or the one that was asked for.
-//! Called by attend.zig, cache.zig and quantize.zig (`table`) and by abi.zig (`available`, `select`).
+//! Picks the kernel table at load: the best level that this CPU runs, or the one that was asked
+//! for. Called by attend.zig, cache.zig and quantize.zig (`table`) and by abi.zig (`available`,
+//! `select`).
 const std = @import("std");
 const builtin = @import("builtin");
 const options = @import("options");

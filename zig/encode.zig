@@ -19,19 +19,31 @@ pub const PageArgs = extern struct {
 /// Packs a whole page of 64 tokens.
 pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs) void {
     const groups = args.dim / format.group;
-    const scales: [*]f16 = @ptrCast(@alignCast(args.half + args.dim * format.page_tokens * T.bits / 8));
+    const code_bytes = args.dim * format.page_tokens * T.bits / 8;
+    const scales: [*]f16 = @ptrCast(@alignCast(args.half + code_bytes));
     for (0..groups) |g| {
         var inverses: [format.page_tokens]f32 = undefined;
         for (0..format.blocks_per_page) |block| {
             const inverse = encode_scales(T, args, g, block, scales);
             vec.store(@as([*]f32, &inverses) + block * 16, inverse);
         }
-        if (side == .key) encode_key_group(T, args, g, &inverses) else encode_value_group(T, args, g, &inverses);
+        if (side == .key) encode_key_group(
+            T,
+            args,
+            g,
+            &inverses,
+        ) else encode_value_group(T, args, g, &inverses);
     }
 }
 
 /// Stores the scales of 16 tokens in a group; returns their inverses.
-fn encode_scales(comptime T: type, args: *const PageArgs, g: usize, block: usize, scales: [*]f16) F {
+fn encode_scales(
+    comptime T: type,
+    args: *const PageArgs,
+    g: usize,
+    block: usize,
+    scales: [*]f16,
+) F {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     var tops: [vec.lanes]F = undefined;
     var bottoms: [vec.lanes]F = undefined;
@@ -53,8 +65,14 @@ const code_mask = struct {
     }
 };
 
-/// Four tokens at a time: 16 dims of each become four words, transposed so that stores are 16 bytes.
-fn encode_key_group(comptime T: type, args: *const PageArgs, g: usize, inverses: *const [format.page_tokens]f32) void {
+/// Four tokens at a time: 16 dims of each become four words, transposed so that stores are 16
+/// bytes.
+fn encode_key_group(
+    comptime T: type,
+    args: *const PageArgs,
+    g: usize,
+    inverses: *const [format.page_tokens]f32,
+) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const run_bytes = format.page_tokens * 4;
     const loads = format.group / 4 / T.chunks_per_load;
@@ -63,12 +81,23 @@ fn encode_key_group(comptime T: type, args: *const PageArgs, g: usize, inverses:
         inline for (0..2) |h| {
             var words: [4]@Vector(4, u32) = undefined;
             inline for (0..4) |t| {
-                const x = vec.load(F, args.rows + (slot + t) * args.dim + g * format.group + h * vec.lanes);
+                const x = vec.load(
+                    F,
+                    args.rows + (slot + t) * args.dim + g * format.group + h * vec.lanes,
+                );
                 const codes = T.encode(x, vec.splat(inverses[slot + t])) & code_mask.of(T);
                 words[t] = @bitCast(@as(@Vector(16, u8), @truncate(codes)));
             }
-            const joined = std.simd.join(std.simd.join(words[0], words[1]), std.simd.join(words[2], words[3]));
-            const chunk_major: U = @shuffle(u32, joined, undefined, [16]i32{ 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 });
+            const joined = std.simd.join(
+                std.simd.join(words[0], words[1]),
+                std.simd.join(words[2], words[3]),
+            );
+            const chunk_major: U = @shuffle(
+                u32,
+                joined,
+                undefined,
+                [16]i32{ 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 },
+            );
             inline for (0..4 / T.chunks_per_load) |k| {
                 const load_index = g * loads + (h * 4) / T.chunks_per_load + k;
                 const target = args.half + load_index * run_bytes + slot * 4;
@@ -84,14 +113,22 @@ fn encode_key_group(comptime T: type, args: *const PageArgs, g: usize, inverses:
     }
 }
 
-fn encode_value_group(comptime T: type, args: *const PageArgs, g: usize, inverses: *const [format.page_tokens]f32) void {
+fn encode_value_group(
+    comptime T: type,
+    args: *const PageArgs,
+    g: usize,
+    inverses: *const [format.page_tokens]f32,
+) void {
     const loads = format.block_slots / T.chunks_per_load;
     for (0..loads) |l| {
         inline for (0..2) |h| {
             var words: U = @splat(0);
             inline for (0..T.chunks_per_load) |which| inline for (0..4) |k| {
                 const slot = l * T.chunks_per_load + which + 16 * k;
-                const x = vec.load(F, args.rows + slot * args.dim + g * format.group + h * vec.lanes);
+                const x = vec.load(
+                    F,
+                    args.rows + slot * args.dim + g * format.group + h * vec.lanes,
+                );
                 const codes = T.encode(x, vec.splat(inverses[slot])) & code_mask.of(T);
                 words |= codes << @splat(8 * k + 4 * which);
             };
@@ -116,13 +153,22 @@ pub fn encode_rows(comptime T: type, args: *const RowsArgs) void {
 }
 
 /// Packs one token's row (padded, rotated) into `slot`; the same bits as `encode_page` gives.
-pub fn encode_token(half: Half, comptime side: Side, base: [*]u8, slot: usize, row: []const f32) void {
+pub fn encode_token(
+    half: Half,
+    comptime side: Side,
+    base: [*]u8,
+    slot: usize,
+    row: []const f32,
+) void {
     switch (half.format) {
         inline else => |tag| {
             const T = format.all[@backingInt(tag)];
             if (!T.quantized) {
                 const at = base + slot * half.row_bytes();
-                return encode_rows(T, &.{ .target = at, .rows = row.ptr, .count = 1, .dim = row.len });
+                return encode_rows(
+                    T,
+                    &.{ .target = at, .rows = row.ptr, .count = 1, .dim = row.len },
+                );
             }
             const scales: [*]f16 = @constCast(half.scales(base));
             for (0..row.len / format.group) |g| {
@@ -136,7 +182,13 @@ pub fn encode_token(half: Half, comptime side: Side, base: [*]u8, slot: usize, r
                 inline for (.{ a, b }, 0..) |x, h| {
                     const codes: [vec.lanes]u32 = T.encode(x, inverse) & code_mask.of(T);
                     for (codes, 0..) |code, i| {
-                        T.set(side, base, slot, g * format.group + h * vec.lanes + i, @truncate(code));
+                        T.set(
+                            side,
+                            base,
+                            slot,
+                            g * format.group + h * vec.lanes + i,
+                            @truncate(code),
+                        );
                     }
                 }
             }
@@ -145,19 +197,31 @@ pub fn encode_token(half: Half, comptime side: Side, base: [*]u8, slot: usize, r
 }
 
 /// The values of one token as stored (still rotated) into `row` of the stored dimension.
-pub fn decode_token(half: Half, comptime side: Side, base: [*]const u8, slot: usize, row: []f32) void {
+pub fn decode_token(
+    half: Half,
+    comptime side: Side,
+    base: [*]const u8,
+    slot: usize,
+    row: []f32,
+) void {
     switch (half.format) {
         inline else => |tag| {
             const T = format.all[@backingInt(tag)];
             if (!T.quantized) {
                 const at = base + slot * half.row_bytes();
                 var i: usize = 0;
-                while (i < row.len) : (i += vec.lanes) vec.store(row.ptr + i, T.load(at + i * @sizeOf(T.Element)));
+                while (i < row.len) : (i += vec.lanes) vec.store(
+                    row.ptr + i,
+                    T.load(at + i * @sizeOf(T.Element)),
+                );
                 return;
             }
             const scales = half.scales(base);
             for (row, 0..) |*x, dim| {
-                const scale = vec.from_f16(1, .{scales[dim / format.group * format.page_tokens + slot]})[0];
+                const scale = vec.from_f16(
+                    1,
+                    .{scales[dim / format.group * format.page_tokens + slot]},
+                )[0];
                 x.* = T.value(T.get(side, base, slot, dim)) * scale;
             }
         },
@@ -170,13 +234,21 @@ test "a page packed at once and token by token has the same bytes and values wit
     var rows: [format.page_tokens * dim]f32 = undefined;
     for (&rows) |*x| x.* = prng.random().floatNorm(f32);
     @memset(rows[5 * dim ..][0..dim], 0);
-    inline for (.{ format.Format.q8, format.Format.q4 }) |tag| inline for (.{ Side.key, Side.value }) |side| {
+    inline for (
+        .{ format.Format.q8, format.Format.q4 },
+    ) |tag| inline for (.{ Side.key, Side.value }) |side| {
         const T = format.all[@backingInt(tag)];
         const half: Half = .{ .format = tag, .dim = dim, .slots = 64, .rotated = false };
         var whole: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
         var single: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
         encode_page(T, side, &.{ .half = &whole, .rows = &rows, .dim = dim });
-        for (0..format.page_tokens) |t| encode_token(half, side, &single, t, rows[t * dim ..][0..dim]);
+        for (0..format.page_tokens) |t| encode_token(
+            half,
+            side,
+            &single,
+            t,
+            rows[t * dim ..][0..dim],
+        );
         try std.testing.expectEqualSlices(u8, &single, &whole);
         for (0..format.page_tokens) |t| {
             var row: [dim]f32 = undefined;
@@ -185,7 +257,11 @@ test "a page packed at once and token by token has the same bytes and values wit
                 const scale = @abs(half.scales(&whole)[d / 32 * 64 + t]);
                 // q4 may clamp the value opposite to the largest one by a whole step.
                 const bound: f32 = if (tag == .q4) 1.01 else 0.51;
-                try std.testing.expectApproxEqAbs(rows[t * dim + d], row[d], bound * @as(f32, scale) + 1e-7);
+                try std.testing.expectApproxEqAbs(
+                    rows[t * dim + d],
+                    row[d],
+                    bound * @as(f32, scale) + 1e-7,
+                );
             }
         }
     };

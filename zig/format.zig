@@ -1,7 +1,7 @@
-//! Storage formats and the layout of pages. A format is a type; `all` is the only list of formats, in
-//! the order of `abi.Format`. A page holds up to 64 tokens of one kv head: a key half, then a value
-//! half, each run of it 64-byte aligned. docs/format.md describes the bytes. Used by every file below
-//! cache.zig.
+//! Storage formats and the layout of pages. A format is a type; `all` is the only list of formats,
+//! in the order of `abi.Format`. A page holds up to 64 tokens of one kv head: a key half, then a
+//! value half, each run of it 64-byte aligned. docs/format.md describes the bytes. Used by every
+//! file below cache.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const abi = @import("abi.zig");
@@ -20,7 +20,9 @@ pub const count = all.len;
 pub const Format = abi.Format;
 
 comptime {
-    for (all, 0..) |T, index| assert(std.mem.eql(u8, T.name, @tagName(@as(Format, @fromBackingInt(index)))));
+    for (all, 0..) |T, index| assert(
+        std.mem.eql(u8, T.name, @tagName(@as(Format, @fromBackingInt(index)))),
+    );
 }
 
 pub const F32 = Float("f32", f32);
@@ -59,10 +61,11 @@ fn Float(comptime format_name: []const u8, comptime Stored: type) type {
     };
 }
 
-/// Integer codes in groups of 32 along the dimension, with one f16 scale a group: value = code * scale.
+/// Integer codes in groups of 32 along the dimension, with one f16 scale a group: value = code *
+/// scale.
 ///
-/// q8 maps the group's largest magnitude to 127. q4 maps the signed value of largest magnitude to -8
-/// (the rule of ggml's q4_0, which uses all 16 levels), so its scale may be negative.
+/// q8 maps the group's largest magnitude to 127. q4 maps the signed value of largest magnitude to
+/// -8 (the rule of ggml's q4_0, which uses all 16 levels), so its scale may be negative.
 fn Integer(comptime code_bits: comptime_int) type {
     return struct {
         pub const name = std.fmt.comptimePrint("q{d}", .{code_bits});
@@ -107,15 +110,19 @@ fn Integer(comptime code_bits: comptime_int) type {
         pub fn place(side: Side, slot: usize, dim: usize) Place {
             const g = dim / group;
             const d = dim % group;
-            // Keys: the four dims of a chunk are one word per token. Values: the four tokens j, j+16,
-            // j+32, j+48 are one word per dim. 4-bit codes of two neighbouring words share one.
+            // Keys: the four dims of a chunk are one word per token. Values: the four tokens j,
+            // j+16, j+32, j+48 are one word per dim. 4-bit codes of two neighbouring words share
+            // one.
             const word, const index, const within = switch (side) {
                 .key => .{ d / 4, slot, d % 4 },
                 .value => .{ slot % block_slots, d, slot / block_slots },
             };
             const words_per_group: usize = if (side == .key) group / 4 else block_slots;
             const word_bytes: usize = if (side == .key) page_tokens * 4 else group * 4;
-            if (bits == 8) return .{ .byte = (g * words_per_group + word) * word_bytes + index * 4 + within, .high = false };
+            if (bits == 8) return .{
+                .byte = (g * words_per_group + word) * word_bytes + index * 4 + within,
+                .high = false,
+            };
             const pair = g * words_per_group / 2 + word / 2;
             return .{ .byte = pair * word_bytes + index * 4 + within, .high = word % 2 == 1 };
         }

@@ -8,6 +8,8 @@ const rotate = @import("rotate.zig");
 const vec = @import("vec.zig");
 const Half = format.Half;
 
+pub const Refusal = error{ NotFinite, NotRepresentable };
+
 pub const Input = struct {
     /// "keys" or "values", for messages.
     name: []const u8,
@@ -24,7 +26,8 @@ pub const Input = struct {
             .f16, .bf16 => 2,
             .f64 => 8,
         };
-        const elements = @as(i64, @intCast(token)) *% in.token_stride +% @as(i64, @intCast(head)) *% in.head_stride;
+        const elements = @as(i64, @intCast(token)) *% in.token_stride +%
+            @as(i64, @intCast(head)) *% in.head_stride;
         return in.base +% @as(usize, @truncate(@as(u64, @bitCast(elements *% size))));
     }
 
@@ -58,13 +61,17 @@ pub const Input = struct {
     }
 
     /// Refuses what the cache could not give back: NaN, infinities, magnitudes above `limit`.
-    pub fn validate(in: *const Input, tokens: u64, heads: usize, limit: f32) error{ NotFinite, NotRepresentable }!void {
+    pub fn validate(in: *const Input, tokens: u64, heads: usize, limit: f32) Refusal!void {
         for (0..@intCast(tokens)) |token| for (0..heads) |head| {
             switch (in.dtype) {
                 inline else => |tag| {
-                    const source: [*]align(1) const Element(tag) = @ptrFromInt(in.address(token, head));
+                    const at = in.address(token, head);
+                    const source: [*]align(1) const Element(tag) = @ptrFromInt(at);
                     var refused = false;
-                    for (0..in.dim) |i| refused = refused or !(@abs(convert(tag, source[i])) <= limit);
+                    for (0..in.dim) |i| {
+                        // Written so that NaN is refused too.
+                        refused = refused or !(@abs(convert(tag, source[i])) <= limit);
+                    }
                     if (refused) return in.explain(tag, source, token, head, limit);
                 },
             }
@@ -78,18 +85,19 @@ pub const Input = struct {
         token: u64,
         head: usize,
         limit: f32,
-    ) error{ NotFinite, NotRepresentable } {
+    ) Refusal {
         for (0..in.dim) |i| {
             const x = convert(dtype, source[i]);
             if (@abs(x) <= limit) continue;
-            if (dtype != .f64 and !std.math.isFinite(x) or dtype == .f64 and !std.math.isFinite(source[i])) {
-                message.set("{s}: token {d}, head {d}, dim {d} is {d}; expected finite values", .{ in.name, token, head, i, x });
+            const given = if (dtype == .f64) source[i] else x;
+            const where = "{s}: token {d}, head {d}, dim {d} is {d}; ";
+            if (!std.math.isFinite(given)) {
+                const text = where ++ "expected finite values";
+                message.set(text, .{ in.name, token, head, i, given });
                 return error.NotFinite;
             }
-            message.set(
-                "{s}: token {d}, head {d}, dim {d} is {d}; the largest magnitude that this cache's precisions hold is {d}",
-                .{ in.name, token, head, i, if (dtype == .f64) source[i] else x, limit },
-            );
+            const text = where ++ "the largest magnitude that this cache's precisions hold is {d}";
+            message.set(text, .{ in.name, token, head, i, given, limit });
             return error.NotRepresentable;
         }
         unreachable;
@@ -101,7 +109,8 @@ pub fn limit_of(half: Half) f32 {
     const largest_f16 = 65504.0;
     const largest = switch (half.format) {
         .f32 => std.math.floatMax(f32),
-        .f16 => return @as(f32, @bitCast(@as(u32, 0x477f_efff))), // just below 65520, which rounds to infinity
+        // just below 65520, which rounds to infinity
+        .f16 => return @as(f32, @bitCast(@as(u32, 0x477f_efff))),
         .bf16 => return @as(f32, @bitCast(@as(u32, 0x7f7f_7fff))),
         .q8 => largest_f16 * 127.0,
         .q4 => largest_f16 * 8.0,
@@ -116,7 +125,8 @@ test "limits round to the largest finite value" {
     const half: Half = .{ .format = .f16, .dim = 64, .slots = 16, .rotated = false };
     const limit = limit_of(half);
     try std.testing.expect(std.math.isFinite(vec.to_f16(1, .{limit})[0]));
-    try std.testing.expect(!std.math.isFinite(vec.to_f16(1, .{std.math.nextAfter(f32, limit, 1e9)})[0]));
+    const above = std.math.nextAfter(f32, limit, 1e9);
+    try std.testing.expect(!std.math.isFinite(vec.to_f16(1, .{above})[0]));
     const q4: Half = .{ .format = .q4, .dim = 128, .slots = 64, .rotated = true };
     try std.testing.expectApproxEqRel(@as(f32, 46318.3), limit_of(q4), 1e-5);
 }

@@ -1,6 +1,6 @@
-//! The kernel table: everything that is compiled once per instruction set, as function pointers. Its
-//! functions are generic over the formats in `format.all` and over the number of query rows. Filled by
-//! isa.zig, picked by dispatch.zig, called by attend.zig and cache.zig.
+//! The kernel table: everything that is compiled once per instruction set, as function pointers.
+//! Its functions are generic over the formats in `format.all` and over the number of query rows.
+//! Filled by isa.zig, picked by dispatch.zig, called by attend.zig and cache.zig.
 const abi = @import("abi.zig");
 const format = @import("format.zig");
 const prepare = @import("prepare.zig");
@@ -11,7 +11,7 @@ const encode = @import("encode.zig");
 const rotate = @import("rotate.zig");
 
 /// Sizes of row blocks that have kernels of their own.
-pub const row_counts = [_]usize{ 1, 2, 4 };
+pub const row_counts = [_]usize{ 1, 2, 3, 4 };
 
 pub const ScoreFn = *const fn (*const score.ScoreArgs) callconv(.c) void;
 pub const AccumulateFn = *const fn (*const accumulate.AccumulateArgs) callconv(.c) void;
@@ -31,15 +31,6 @@ pub const Table = extern struct {
     /// Floating-point formats only.
     encode_rows: [format.count]?RowsFn,
     rotate: *const fn ([*]f32, usize) callconv(.c) void,
-
-    /// Index into the row dimension for a block of `rows` rows.
-    pub fn row_index(rows: usize) usize {
-        return switch (rows) {
-            1 => 0,
-            2 => 1,
-            else => 2,
-        };
-    }
 };
 
 pub const table: Table = fill();

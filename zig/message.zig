@@ -7,7 +7,11 @@ threadlocal var pending: bool = false;
 
 /// Says what went wrong, before the error is returned. Cut to one line of at most 511 bytes.
 pub fn set(comptime text: []const u8, args: anytype) void {
-    const written = std.fmt.bufPrint(buffer[0 .. buffer.len - 1], text, args) catch buffer[0 .. buffer.len - 1];
+    const written = std.fmt.bufPrint(
+        buffer[0 .. buffer.len - 1],
+        text,
+        args,
+    ) catch buffer[0 .. buffer.len - 1];
     buffer[written.len] = 0;
     pending = true;
 }

@@ -17,6 +17,7 @@ const assert = std.debug.assert;
 const Allocator = std.mem.Allocator;
 const PoolStats = @import("abi.zig").PoolStats;
 const Mutex = @import("sync.zig").Mutex;
+const message = @import("message.zig");
 const slab_file = @import("slab.zig");
 const Slab = slab_file.Slab;
 const Source = slab_file.Source;
@@ -318,8 +319,14 @@ pub const Pool = struct {
     fn make_room(pool: *Pool, held_bytes: u64, index: usize, new_bytes: u64) Error!void {
         const max_bytes = pool.options.max_bytes;
         if (max_bytes == 0) return;
-        if (held_bytes +| new_bytes > max_bytes) return error.PoolExhausted;
         const counters = &pool.counters;
+        if (held_bytes +| new_bytes > max_bytes) {
+            const text = "no room in the pool for {d} bytes more: max_bytes is {d}, {d} in use";
+            message.set(text, .{
+                new_bytes, max_bytes, counters.bytes_in_use,
+            });
+            return error.PoolExhausted;
+        }
         for (pool.classes.items, 0..) |_, victim| {
             if (victim == index) continue;
             while (counters.bytes_in_use + counters.bytes_free + new_bytes > max_bytes) {

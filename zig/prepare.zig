@@ -1,5 +1,5 @@
-//! Turns query rows into what the score kernels read: scaled (and rotated) f32 for floating-point keys,
-//! int8 planes for integer keys. Called by attend.zig through the kernel table.
+//! Turns query rows into what the score kernels read: scaled (and rotated) f32 for floating-point
+//! keys, int8 planes for integer keys. Called by attend.zig through the kernel table.
 const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
@@ -8,7 +8,8 @@ const F = vec.F;
 const I = vec.I;
 
 /// Query rows prepared for the key half of one tier. Dimensions are padded with zeros to `dim`, a
-/// multiple of 32. A row's 14-bit integers are split into two planes of int8: value = high * 128 + low.
+/// multiple of 32. A row's 14-bit integers are split into two planes of int8: value = high * 128 +
+/// low.
 pub const Query = extern struct {
     dim: usize,
     /// (row, dim) f32
@@ -40,7 +41,10 @@ pub const PrepareArgs = extern struct {
 pub fn prepare(comptime T: type, args: *const PrepareArgs) void {
     const q = args.query;
     const values = q.values[args.row * q.dim ..][0..q.dim];
-    for (args.source[0..args.source_dim], values[0..args.source_dim]) |x, *target| target.* = x * args.factor;
+    for (
+        args.source[0..args.source_dim],
+        values[0..args.source_dim],
+    ) |x, *target| target.* = x * args.factor;
     @memset(values[args.source_dim..], 0);
     if (args.rotated) rotate.rotate(values);
     if (!T.quantized) return;
@@ -94,8 +98,24 @@ test "planes add up to the rounded query" {
     var source: [50]f32 = undefined;
     var prng = std.Random.DefaultPrng.init(4);
     for (&source) |*x| x.* = prng.random().floatNorm(f32);
-    const query: Query = .{ .dim = 64, .values = &values, .planes = &planes, .scales = &scales, .sums = &sums };
-    prepare(format.Q8, &.{ .source = &source, .source_dim = 50, .factor = 0.5, .rotated = false, .row = 0, .query = &query });
+    const query: Query = .{
+        .dim = 64,
+        .values = &values,
+        .planes = &planes,
+        .scales = &scales,
+        .sums = &sums,
+    };
+    prepare(
+        format.Q8,
+        &.{
+            .source = &source,
+            .source_dim = 50,
+            .factor = 0.5,
+            .rotated = false,
+            .row = 0,
+            .query = &query,
+        },
+    );
     const high: *const [64]i8 = @ptrCast(planes[0..16]);
     const low: *const [64]i8 = @ptrCast(planes[16..32]);
     for (source, 0..) |x, i| {

@@ -7,7 +7,10 @@ comptime {
     @setEvalBranchQuota(10_000);
     for (@typeInfo(abi).@"struct".decl_names) |name| {
         const declaration = @field(abi, name);
-        if (@typeInfo(@TypeOf(declaration)) == .@"fn") @export(&declaration, .{ .name = "kvz_" ++ name });
+        if (@typeInfo(@TypeOf(declaration)) == .@"fn") @export(
+            &declaration,
+            .{ .name = "kvz_" ++ name },
+        );
     }
 }
 
@@ -21,8 +24,10 @@ test {
     _ = @import("cache.zig");
     _ = @import("config.zig");
     _ = @import("cpu.zig");
+    _ = @import("digest.zig");
     _ = @import("dispatch.zig");
     _ = @import("encode.zig");
+    _ = @import("exp2.zig");
     _ = @import("format.zig");
     _ = @import("input.zig");
     _ = @import("kernels.zig");
@@ -39,6 +44,8 @@ test {
     _ = @import("slab.zig");
     _ = @import("softmax.zig");
     _ = @import("state.zig");
+    _ = @import("status.zig");
+    _ = @import("step.zig");
     _ = @import("sync.zig");
     _ = @import("threads.zig");
     _ = @import("tier.zig");

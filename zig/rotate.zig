@@ -1,10 +1,12 @@
-//! The Hadamard rotation along a vector, in place: it spreads outliers over all values of a group, so
-//! that 4-bit codes lose less (QuaRot, arXiv 2404.00456). Orthonormal and its own inverse. Called by
-//! prepare.zig (queries), encode.zig (rows on their way into the store) and attend.zig (outputs).
+//! The Hadamard rotation along a vector, in place: it spreads outliers over all values of a group,
+//! so that 4-bit codes lose less (QuaRot, arXiv 2404.00456). Orthonormal and its own inverse.
+//! Called by prepare.zig (queries), encode.zig (rows on their way into the store) and attend.zig
+//! (outputs).
 const std = @import("std");
 const vec = @import("vec.zig");
 
-/// `row.len` is a multiple of 32. It is cut into blocks whose sizes are powers of two, largest first.
+/// `row.len` is a multiple of 32. It is cut into blocks whose sizes are powers of two, largest
+/// first.
 pub fn rotate(row: []f32) void {
     var rest = row;
     while (rest.len > 0) {
@@ -43,7 +45,10 @@ fn rotate_block(x: []f32) void {
     }
     const norm: f32 = @floatCast(1.0 / @sqrt(@as(f64, @floatFromInt(x.len))));
     i = 0;
-    while (i < x.len) : (i += vec.lanes) vec.store(x.ptr + i, vec.load(vec.F, x.ptr + i) * vec.splat(norm));
+    while (i < x.len) : (i += vec.lanes) vec.store(
+        x.ptr + i,
+        vec.load(vec.F, x.ptr + i) * vec.splat(norm),
+    );
 }
 
 /// (a, b) at lanes i and i + distance become (a + b, a - b).

@@ -1,5 +1,5 @@
-//! The key side of attention: logits of up to four query rows against the keys of a page, read as they
-//! are packed. Called by attend.zig through the kernel table.
+//! The key side of attention: logits of up to four query rows against the keys of a page, read as
+//! they are packed. Called by attend.zig through the kernel table.
 const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
@@ -30,11 +30,11 @@ pub fn score(comptime T: type, comptime rows: usize, args: *const ScoreArgs) voi
     if (T.quantized) score_integer(T, rows, args) else score_float(T, rows, args);
 }
 
-/// Dot products along the dimension, 16 lanes wide. As many tokens at a time as make 16 sums, which are
-/// then reduced together.
+/// Dot products along the dimension, 16 lanes wide. As many tokens at a time as make up to 16 sums,
+/// which are then reduced together.
 fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    const tokens = vec.lanes / rows;
+    const tokens = comptime std.math.floorPowerOfTwo(usize, vec.lanes / rows);
     const chunk_bytes = vec.lanes * @sizeOf(T.Element);
     const chunks = args.dim / vec.lanes;
     const q = args.query;
@@ -55,22 +55,37 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
             }
         }
         const scores: [vec.lanes]f32 = vec.reduce_each(.add, &sums);
-        inline for (0..rows) |r| @memcpy(args.scores[r][slot..][0..tokens], scores[r * tokens ..][0..tokens]);
+        inline for (0..rows) |r| @memcpy(
+            args.scores[r][slot..][0..tokens],
+            scores[r * tokens ..][0..tokens],
+        );
     }
 }
 
-/// Exact integer dot products of a group for 16 slots at a time, then one multiplication by the scales
-/// of key and query; groups are added in order.
+/// Exact integer dot products of a group for 16 slots at a time, then one multiplication by the
+/// scales of key and query; groups are added in order.
 fn score_integer(comptime T: type, comptime rows: usize, args: *const ScoreArgs) void {
     const planes = T.query_planes;
     // Blocks in flight: as many as the registers hold.
     const flight = if (vec.wide_registers) format.blocks_per_page / planes else 1;
     var block = args.first_block;
-    while (block + flight <= args.end_block) : (block += flight) score_blocks(T, rows, flight, args, block);
+    while (block + flight <= args.end_block) : (block += flight) score_blocks(
+        T,
+        rows,
+        flight,
+        args,
+        block,
+    );
     while (block < args.end_block) : (block += 1) score_blocks(T, rows, 1, args, block);
 }
 
-fn score_blocks(comptime T: type, comptime rows: usize, comptime blocks: usize, args: *const ScoreArgs, block: usize) void {
+fn score_blocks(
+    comptime T: type,
+    comptime rows: usize,
+    comptime blocks: usize,
+    args: *const ScoreArgs,
+    block: usize,
+) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const planes = T.query_planes;
     const bias = if (T.bits == 8) vec.code_bias else T.offset;
@@ -100,7 +115,10 @@ fn score_blocks(comptime T: type, comptime rows: usize, comptime blocks: usize, 
                 const word = g * format.group / 4 + l * T.chunks_per_load + chunk;
                 inline for (0..rows) |r| inline for (0..planes) |p| {
                     const y = q.planes[((args.row + r) * 2 + p) * words + word];
-                    inline for (0..blocks) |b| sums[p][r][b].dot(select_nibbles(T, codes[b], chunk), y);
+                    inline for (0..blocks) |b| sums[p][r][b].dot(
+                        select_nibbles(T, codes[b], chunk),
+                        y,
+                    );
                 };
             }
         }

@@ -1,5 +1,5 @@
-//! Working memory of attention: one block is kept between calls, so that decoding allocates nothing.
-//! Called by attend.zig.
+//! Working memory of attention: one block is kept between calls, so that decoding allocates
+//! nothing. Called by attend.zig.
 const std = @import("std");
 const gpa = @import("memory.zig").gpa;
 

@@ -1,7 +1,8 @@
-//! Between keys and values: what a model adds to its logits (softcap, ALiBi, masks, visibility), and
-//! the running softmax over pages. Called by attend.zig through the kernel table.
+//! Between keys and values: what a model adds to its logits (softcap, ALiBi, masks, visibility),
+//! and the running softmax over pages. Called by attend.zig through the kernel table.
 const std = @import("std");
 const vec = @import("vec.zig");
+const exp2 = @import("exp2.zig").exp2;
 const format = @import("format.zig");
 const score = @import("score.zig");
 const F = vec.F;
@@ -38,7 +39,10 @@ pub fn adjust(args: *const AdjustArgs) void {
         };
         if (args.alibi != 0) for (0..format.blocks_per_page) |b| {
             const offset: i32 = @intCast(std.math.clamp(args.distances[r], -(1 << 30), 1 << 30));
-            const distance = std.simd.iota(i32, 16) + @as(I, @splat(offset + @as(i32, @intCast(b * 16))));
+            const distance = std.simd.iota(i32, 16) + @as(
+                I,
+                @splat(offset + @as(i32, @intCast(b * 16))),
+            );
             const bias = @as(F, @floatFromInt(distance)) * vec.splat(args.slopes[r]);
             vec.store(scores + b * 16, vec.load(F, scores + b * 16) + bias);
         };
@@ -47,15 +51,23 @@ pub fn adjust(args: *const AdjustArgs) void {
         const end: I = @splat(@intCast(args.end[r]));
         for (0..format.blocks_per_page) |b| {
             const slot = std.simd.iota(i32, 16) + @as(I, @splat(@intCast(b * 16)));
-            const seen = @select(bool, slot >= first, slot < end, @as(@Vector(16, bool), @splat(false)));
-            vec.store(scores + b * 16, @select(f32, seen, vec.load(F, scores + b * 16), vec.splat(hidden)));
+            const seen = @select(
+                bool,
+                slot >= first,
+                slot < end,
+                @as(@Vector(16, bool), @splat(false)),
+            );
+            vec.store(
+                scores + b * 16,
+                @select(f32, seen, vec.load(F, scores + b * 16), vec.splat(hidden)),
+            );
         }
     }
 }
 
 /// softcap * log2(e) * tanh, of scores given as 2 * log2(e) times tanh's argument.
 fn cap(x: F, softcap: f32) F {
-    const e = vec.exp2(16, -@abs(x));
+    const e = exp2(16, -@abs(x));
     const tanh = (vec.splat(1) - e) / (vec.splat(1) + e);
     const signed = @select(f32, x < vec.splat(0), -tanh, tanh);
     return signed * vec.splat(softcap);
@@ -88,22 +100,26 @@ pub const UpdateArgs = extern struct {
     corrections: *[score.rows_max]f32,
 };
 
-/// Replaces logits by weights relative to the largest logit so far, and tells by how much the outputs so
-/// far shrink.
+/// Replaces logits by weights relative to the largest logit so far, and tells by how much the
+/// outputs so far shrink.
 pub fn update(args: *const UpdateArgs) void {
     for (0..args.rows) |r| {
         const scores: [*]f32 = &args.scores[r];
         var logits: [format.blocks_per_page]F = undefined;
         for (&logits, 0..) |*logit, b| logit.* = vec.load(F, scores + b * 16);
-        const largest = vec.reduce(.max, vec.max(vec.max(logits[0], logits[1]), vec.max(logits[2], logits[3])));
+        const largest = vec.reduce(
+            .max,
+            vec.max(vec.max(logits[0], logits[1]), vec.max(logits[2], logits[3])),
+        );
         const before = args.running.top[r];
-        // A row that has seen nothing keeps a top far above `hidden`, so that hidden weights are zero.
+        // A row that has seen nothing keeps a top far above `hidden`, so that hidden weights are
+        // zero.
         const top = @max(before, @max(largest, hidden / 10));
-        const correction = vec.exp2(1, .{before - top})[0];
+        const correction = exp2(1, .{before - top})[0];
         const sums = args.running.sums + r * vec.lanes;
         var sum = vec.load(F, sums) * vec.splat(correction);
         for (logits, 0..) |logit, b| {
-            const weight = vec.exp2(16, logit - vec.splat(top));
+            const weight = exp2(16, logit - vec.splat(top));
             vec.store(scores + b * 16, weight);
             sum += weight;
         }
@@ -129,7 +145,7 @@ pub fn add_mass(args: *const MassArgs) void {
     for (0..args.rows) |r| {
         if (args.total[r] == 0) continue;
         for (args.first[r]..args.end[r]) |slot| {
-            const weight = vec.exp2(1, .{args.scores[r][slot] - args.top[r]})[0];
+            const weight = exp2(1, .{args.scores[r][slot] - args.top[r]})[0];
             const mass: *align(1) f32 = @ptrFromInt(args.mass[r] +% slot * 4);
             mass.* += weight / args.total[r];
         }

@@ -1,9 +1,10 @@
-//! Partial attention of a block of query rows over some tokens, and how partial results merge. Merging
-//! is exact in the sense of the running softmax and always done in the order of positions, so that the
-//! split of work never shows in the bits. Called by attend.zig.
+//! Partial attention of a block of query rows over some tokens, and how partial results merge.
+//! Merging is exact in the sense of the running softmax and always done in the order of positions,
+//! so that the split of work never shows in the bits. Called by attend.zig.
 const std = @import("std");
 const softmax = @import("softmax.zig");
 const vec = @import("vec.zig");
+const exp2 = @import("exp2.zig").exp2;
 const F = vec.F;
 
 pub const State = struct {
@@ -57,11 +58,21 @@ pub const State = struct {
     pub fn merge(state: State, other: State) void {
         for (0..state.row_count()) |r| {
             const top = @max(state.top[r], other.top[r]);
-            const mine = vec.exp2(1, .{state.top[r] - top})[0];
-            const theirs = vec.exp2(1, .{other.top[r] - top})[0];
+            const mine = exp2(1, .{state.top[r] - top})[0];
+            const theirs = exp2(1, .{other.top[r] - top})[0];
             state.top[r] = top;
-            add_scaled(state.sums[r * vec.lanes ..][0..vec.lanes], mine, other.sums[r * vec.lanes ..], theirs);
-            add_scaled(state.outputs[r * state.dim ..][0..state.dim], mine, other.outputs[r * state.dim ..], theirs);
+            add_scaled(
+                state.sums[r * vec.lanes ..][0..vec.lanes],
+                mine,
+                other.sums[r * vec.lanes ..],
+                theirs,
+            );
+            add_scaled(
+                state.outputs[r * state.dim ..][0..state.dim],
+                mine,
+                other.outputs[r * state.dim ..],
+                theirs,
+            );
         }
     }
 
@@ -76,10 +87,10 @@ pub const State = struct {
     /// Adds a virtual token of logit `logit` (in units of log2) and value zero to row `r`.
     pub fn add_sink(state: State, r: usize, logit: f32) void {
         const top = @max(state.top[r], logit);
-        const mine = vec.exp2(1, .{state.top[r] - top})[0];
+        const mine = exp2(1, .{state.top[r] - top})[0];
         const sums = state.sums[r * vec.lanes ..][0..vec.lanes];
         for (sums) |*x| x.* *= mine;
-        sums[0] += vec.exp2(1, .{logit - top})[0];
+        sums[0] += exp2(1, .{logit - top})[0];
         for (state.outputs[r * state.dim ..][0..state.dim]) |*x| x.* *= mine;
         state.top[r] = top;
     }
@@ -141,6 +152,10 @@ test "merging halves gives the whole" {
     b.outputs[0] = 20;
     total_state.merge(a);
     total_state.merge(b);
-    try std.testing.expectApproxEqRel(@as(f32, (10 * 0.25 + 20) / 1.25), total_state.outputs[0] / total_state.total(0), 1e-6);
+    try std.testing.expectApproxEqRel(
+        @as(f32, (10 * 0.25 + 20) / 1.25),
+        total_state.outputs[0] / total_state.total(0),
+        1e-6,
+    );
     try std.testing.expectApproxEqRel(@as(f32, @log(2.0 + 8.0)), total_state.log_sum_exp(0), 1e-6);
 }

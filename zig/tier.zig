@@ -1,6 +1,6 @@
-//! A tier: a run of consecutive positions in one pair of formats, held in pages of the pool. Page n
-//! covers the positions from n * tokens_per_page on, in every kv head. Called by cache.zig (which moves
-//! the bounds) and attend.zig (which reads); calls pool.zig.
+//! A tier: a run of consecutive positions in one pair of formats, held in pages of the pool. Page
+//! n covers the positions from n * tokens_per_page on, in every kv head. Called by cache.zig
+//! (which moves the bounds) and attend.zig (which reads); calls pool.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const format = @import("format.zig");
@@ -46,7 +46,12 @@ pub const Tier = struct {
 
     pub fn page_at(tier: *const Tier, number: u64, head: usize) Page {
         assert(number >= tier.first_page);
-        return tier.pages.items[tier.skipped + @as(usize, @intCast(number - tier.first_page)) * tier.heads + head];
+        return tier.pages.items[
+            tier.skipped + @as(
+                usize,
+                @intCast(number - tier.first_page),
+            ) * tier.heads + head
+        ];
     }
 
     pub fn keys_of(_: *const Tier, page: Page) [*]u8 {
@@ -59,23 +64,42 @@ pub const Tier = struct {
 
     fn numbers(tier: *const Tier, start: u64, end: u64) struct { first: u64, end: u64 } {
         if (start >= end) return .{ .first = 0, .end = 0 };
-        return .{ .first = start / tier.tokens_per_page, .end = (end - 1) / tier.tokens_per_page + 1 };
+        return .{
+            .first = start / tier.tokens_per_page,
+            .end = (end - 1) / tier.tokens_per_page + 1,
+        };
     }
 
-    /// Gets everything that moving the bounds to [start, end) needs, without changing the tier. Pages
-    /// that the move frees are counted on, so that a full pool still lets a window slide.
+    /// Gets everything that moving the bounds to [start, end) needs, without changing the tier.
+    /// Pages that the move frees are counted on, so that a full pool still lets a window slide.
     pub fn reserve(tier: *Tier, gpa: std.mem.Allocator, pool: *Pool, start: u64, end: u64) !Change {
         const held = tier.numbers(tier.start, tier.end);
         const wanted = tier.numbers(start, end);
         const kept_first = @max(held.first, wanted.first);
         const kept_end = @max(kept_first, @min(held.end, wanted.end));
         const kept = kept_end - kept_first;
-        const dropped = std.math.cast(usize, held.end - held.first - kept) orelse return error.OutOfMemory;
-        const added = std.math.cast(usize, wanted.end - wanted.first - kept) orelse return error.OutOfMemory;
-        var change: Change = .{ .start = start, .end = end, .spare = &.{}, .spare_len = 0, .added = added };
+        const dropped = std.math.cast(
+            usize,
+            held.end - held.first - kept,
+        ) orelse return error.OutOfMemory;
+        const added = std.math.cast(
+            usize,
+            wanted.end - wanted.first - kept,
+        ) orelse return error.OutOfMemory;
+        var change: Change = .{
+            .start = start,
+            .end = end,
+            .spare = &.{},
+            .spare_len = 0,
+            .added = added,
+        };
         if (dropped == 0 and added == 0) return change;
 
-        const places = std.math.mul(usize, dropped + added, tier.heads) catch return error.OutOfMemory;
+        const places = std.math.mul(
+            usize,
+            dropped + added,
+            tier.heads,
+        ) catch return error.OutOfMemory;
         try tier.pages.ensureUnusedCapacity(gpa, added * tier.heads);
         change.spare = try gpa.alloc(Page, places);
         errdefer gpa.free(change.spare);
@@ -161,12 +185,18 @@ test "a tier slides, jumps, shrinks and empties without losing a page" {
     const half: Half = .{ .format = .f16, .dim = 8, .slots = 16, .rotated = false };
     var tier: Tier = .{ .key = half, .value = half, .heads = 3, .tokens_per_page = 16 };
     defer tier.deinit(gpa, pool);
-    const moves = [_][2]u64{ .{ 0, 5 }, .{ 0, 40 }, .{ 20, 90 }, .{ 20, 64 }, .{ 33, 34 }, .{ 500, 600 }, .{ 600, 600 }, .{ 7, 9 } };
+    const moves = [_][2]u64{ .{ 0, 5 }, .{ 0, 40 }, .{ 20, 90 }, .{ 20, 64 }, .{ 33, 34 }, .{
+        500,
+        600,
+    }, .{ 600, 600 }, .{ 7, 9 } };
     for (moves) |move| {
         var change = try tier.reserve(gpa, pool, move[0], move[1]);
         tier.commit(gpa, pool, &change);
         try std.testing.expect(tier.consistent());
-        try std.testing.expectEqual(tier.page_count() * tier.page_bytes(), pool.stats().bytes_in_use);
+        try std.testing.expectEqual(
+            tier.page_count() * tier.page_bytes(),
+            pool.stats().bytes_in_use,
+        );
     }
     var change = try tier.reserve(gpa, pool, 7, 200);
     tier.cancel(gpa, pool, &change);

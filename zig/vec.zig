@@ -1,6 +1,6 @@
-//! The vector vocabulary: logical vectors of 16 lanes, and the few operations whose best instruction
-//! depends on the ISA. This is the only file that knows an instruction set by name; every branch of
-//! it returns the same bits. Used by all kernels.
+//! The vector vocabulary: logical vectors of 16 lanes, and the few operations whose best
+//! instruction depends on the ISA. This is the only file that knows an instruction set by name;
+//! every branch of it returns the same bits. Used by all kernels.
 const std = @import("std");
 const builtin = @import("builtin");
 
@@ -95,9 +95,17 @@ pub inline fn to_f16_soft(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f16)
     const normal = (rounded -% @as(UN, @splat(112 << 23))) >> @splat(13);
     // A subnormal result: adding 0.5 makes the f32 adder round at bit 2^-24.
     const half: FN = @splat(0.5);
-    const subnormal = @as(UN, @bitCast(@as(FN, @bitCast(magnitude)) + half)) -% @as(UN, @bitCast(half));
+    const subnormal = @as(
+        UN,
+        @bitCast(@as(FN, @bitCast(magnitude)) + half),
+    ) -% @as(UN, @bitCast(half));
     var result = @select(u32, magnitude < @as(UN, @splat(113 << 23)), subnormal, normal);
-    result = @select(u32, magnitude >= @as(UN, @splat(0x4780_0000)), @as(UN, @splat(0x7c00)), result);
+    result = @select(
+        u32,
+        magnitude >= @as(UN, @splat(0x4780_0000)),
+        @as(UN, @splat(0x7c00)),
+        result,
+    );
     const narrow: @Vector(n, u16) = @truncate(result | sign);
     return @bitCast(narrow);
 }
@@ -115,9 +123,10 @@ pub inline fn to_bf16(comptime n: usize, x: @Vector(n, f32)) @Vector(n, u16) {
     return @truncate((bits +% @as(UN, @splat(0x7fff)) +% odd) >> @splat(16));
 }
 
-// ---- elementwise helpers ----
+// ---- elementwise ----
 
-/// Larger of two numbers, without the NaN rules of `@max` (one instruction instead of three on x86).
+/// Larger of two numbers, without the NaN rules of `@max` (one instruction instead of three on
+/// x86).
 pub inline fn max(a: anytype, b: @TypeOf(a)) @TypeOf(a) {
     return @select(f32, a > b, a, b);
 }
@@ -134,26 +143,6 @@ pub inline fn round_to_int(x: F) I {
     return @as(I, @bitCast(x + splat(round_magic))) -% @as(I, @splat(@bitCast(round_magic)));
 }
 
-const exp2_coefficients = [7]f32{
-    1.0,                  0.6931472028550826,    0.24022647913626477,   0.055503324711001,
-    0.009618437357831564, 0.0013398874422265068, 0.0001535336188513113,
-};
-
-/// 2^x for x <= 0: a polynomial of degree 6 on [-0.5, 0.5], relative error below 2e-7. Exactly 1 at 0
-/// and exactly 0 below -80.
-pub inline fn exp2(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f32) {
-    const FN = @Vector(n, f32);
-    const IN = @Vector(n, i32);
-    const magic: FN = @splat(round_magic);
-    const shifted = x + magic;
-    const fraction = x - (shifted - magic);
-    var p: FN = @splat(exp2_coefficients[6]);
-    inline for (0..6) |k| p = p * fraction + @as(FN, @splat(exp2_coefficients[5 - k]));
-    const exponent = @as(IN, @bitCast(shifted)) << @splat(23);
-    const result: FN = @bitCast(@as(IN, @bitCast(p)) +% exponent);
-    return @select(f32, x < @as(FN, @splat(-80.0)), @as(FN, @splat(0)), result);
-}
-
 // ---- reductions, always by the same tree: (i, i+8), (i, i+4), (i, i+2), (i, i+1) ----
 
 pub const Reduction = enum { add, max };
@@ -163,7 +152,10 @@ inline fn combine(comptime op: Reduction, a: anytype, b: @TypeOf(a)) @TypeOf(a) 
     return if (@typeInfo(@TypeOf(a)).vector.child == f32) a + b else a +% b;
 }
 
-inline fn halve(comptime op: Reduction, v: anytype) @Vector(@typeInfo(@TypeOf(v)).vector.len / 2, f32) {
+inline fn halve(comptime op: Reduction, v: anytype) @Vector(
+    @typeInfo(@TypeOf(v)).vector.len / 2,
+    f32,
+) {
     const n = @typeInfo(@TypeOf(v)).vector.len / 2;
     const low: [n]i32 = std.simd.iota(i32, n);
     const high: [n]i32 = std.simd.iota(i32, n) + @as(@Vector(n, i32), @splat(n));
@@ -226,7 +218,8 @@ fn high_halves(comptime segment: usize) [lanes]i32 {
 
 // ---- the 4-way int8 dot product ----
 
-/// What a code must have added before it enters `Accumulator.dot`: x86 multiplies unsigned by signed.
+/// What a code must have added before it enters `Accumulator.dot`: x86 multiplies unsigned by
+/// signed.
 pub const code_bias: i32 = if (is_x86) 128 else 0;
 
 /// 64 signed codes as `Accumulator.dot` wants them.
@@ -243,8 +236,16 @@ pub inline fn high_nibbles(codes: Codes) Codes {
     return codes >> @splat(4);
 }
 
-const Method = enum { vnni512, maddubs512, maddubs256, maddubs128, sdot, smull, wasm_dot, portable };
-const method: Method = if (has_vnni512)
+const method: enum {
+    vnni512,
+    maddubs512,
+    maddubs256,
+    maddubs128,
+    sdot,
+    smull,
+    wasm_dot,
+    portable,
+} = if (has_vnni512)
     .vnni512
 else if (has_avx512)
     .maddubs512
@@ -263,19 +264,32 @@ else
 
 pub const method_name = @tagName(method);
 
-// LLVM intrinsics as extern functions. The SysV convention makes Zig pass vectors by value on Windows too.
+// LLVM intrinsics as extern functions. The SysV convention makes Zig pass vectors by value on
+// Windows too.
 const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
 const x86 = struct {
-    extern fn @"llvm.x86.avx512.vpdpbusd.512"(@Vector(16, i32), @Vector(16, i32), @Vector(16, i32)) callconv(sysv) @Vector(16, i32);
-    extern fn @"llvm.x86.avx512.pmaddubs.w.512"(@Vector(64, u8), @Vector(64, i8)) callconv(sysv) @Vector(32, i16);
-    extern fn @"llvm.x86.avx512.pmaddw.d.512"(@Vector(32, i16), @Vector(32, i16)) callconv(sysv) @Vector(16, i32);
-    extern fn @"llvm.x86.avx2.pmadd.ub.sw"(@Vector(32, u8), @Vector(32, i8)) callconv(sysv) @Vector(16, i16);
-    extern fn @"llvm.x86.avx2.pmadd.wd"(@Vector(16, i16), @Vector(16, i16)) callconv(sysv) @Vector(8, i32);
-    extern fn @"llvm.x86.ssse3.pmadd.ub.sw.128"(@Vector(16, u8), @Vector(16, i8)) callconv(sysv) @Vector(8, i16);
-    extern fn @"llvm.x86.sse2.pmadd.wd"(@Vector(8, i16), @Vector(8, i16)) callconv(sysv) @Vector(4, i32);
+    const U8x16 = @Vector(16, u8);
+    const I8x16 = @Vector(16, i8);
+    const U8x32 = @Vector(32, u8);
+    const I8x32 = @Vector(32, i8);
+    const I8x64 = @Vector(64, i8);
+    const I16x8 = @Vector(8, i16);
+    const I16x16 = @Vector(16, i16);
+    const I16x32 = @Vector(32, i16);
+    const I32x4 = @Vector(4, i32);
+    const I32x8 = @Vector(8, i32);
+    extern fn @"llvm.x86.avx512.vpdpbusd.512"(I, I, I) callconv(sysv) I;
+    extern fn @"llvm.x86.avx512.pmaddubs.w.512"(Codes, I8x64) callconv(sysv) I16x32;
+    extern fn @"llvm.x86.avx512.pmaddw.d.512"(I16x32, I16x32) callconv(sysv) I;
+    extern fn @"llvm.x86.avx2.pmadd.ub.sw"(U8x32, I8x32) callconv(sysv) I16x16;
+    extern fn @"llvm.x86.avx2.pmadd.wd"(I16x16, I16x16) callconv(sysv) I32x8;
+    extern fn @"llvm.x86.ssse3.pmadd.ub.sw.128"(U8x16, I8x16) callconv(sysv) I16x8;
+    extern fn @"llvm.x86.sse2.pmadd.wd"(I16x8, I16x8) callconv(sysv) I32x4;
 };
 const arm = struct {
-    extern fn @"llvm.aarch64.neon.sdot.v4i32.v16i8"(@Vector(4, i32), @Vector(16, i8), @Vector(16, i8)) @Vector(4, i32);
+    const I32x4 = @Vector(4, i32);
+    const I8x16 = @Vector(16, i8);
+    extern fn @"llvm.aarch64.neon.sdot.v4i32.v16i8"(I32x4, I8x16, I8x16) I32x4;
     extern fn @"llvm.aarch64.neon.smull.v8i16"(@Vector(8, i8), @Vector(8, i8)) @Vector(8, i16);
     extern fn @"llvm.aarch64.neon.saddlp.v4i32.v8i16"(@Vector(8, i16)) @Vector(4, i32);
 };
@@ -295,9 +309,16 @@ pub const Accumulator = switch (method) {
         }
         pub inline fn dot(a: *@This(), codes: Codes, word: i32) void {
             switch (method) {
-                .vnni512 => a.sum = x86.@"llvm.x86.avx512.vpdpbusd.512"(a.sum, @bitCast(codes), @splat(word)),
+                .vnni512 => a.sum = x86.@"llvm.x86.avx512.vpdpbusd.512"(
+                    a.sum,
+                    @bitCast(codes),
+                    @splat(word),
+                ),
                 .maddubs512 => {
-                    const pairs = x86.@"llvm.x86.avx512.pmaddubs.w.512"(codes, @bitCast(@as(I, @splat(word))));
+                    const pairs = x86.@"llvm.x86.avx512.pmaddubs.w.512"(
+                        codes,
+                        @bitCast(@as(I, @splat(word))),
+                    );
                     a.sum +%= x86.@"llvm.x86.avx512.pmaddw.d.512"(pairs, @splat(1));
                 },
                 else => a.sum +%= dot_portable(codes, word),
@@ -315,7 +336,10 @@ pub const Accumulator = switch (method) {
         }
         pub inline fn dot(a: *@This(), codes: Codes, word: i32) void {
             inline for (0..2) |k| {
-                const pairs = x86.@"llvm.x86.avx2.pmadd.ub.sw"(part(32, codes, k), @bitCast(@as(@Vector(8, i32), @splat(word))));
+                const pairs = x86.@"llvm.x86.avx2.pmadd.ub.sw"(
+                    part(32, codes, k),
+                    @bitCast(@as(@Vector(8, i32), @splat(word))),
+                );
                 a.sum[k] +%= x86.@"llvm.x86.avx2.pmadd.wd"(pairs, @splat(1));
             }
         }
@@ -334,7 +358,11 @@ pub const Accumulator = switch (method) {
             inline for (0..4) |k| {
                 const quarter = part(16, codes, k);
                 if (method == .sdot) {
-                    a.sum[k] = arm.@"llvm.aarch64.neon.sdot.v4i32.v16i8"(a.sum[k], @bitCast(quarter), @bitCast(words));
+                    a.sum[k] = arm.@"llvm.aarch64.neon.sdot.v4i32.v16i8"(
+                        a.sum[k],
+                        @bitCast(quarter),
+                        @bitCast(words),
+                    );
                 } else {
                     const pairs = x86.@"llvm.x86.ssse3.pmadd.ub.sw.128"(quarter, @bitCast(words));
                     a.sum[k] +%= x86.@"llvm.x86.sse2.pmadd.wd"(pairs, @splat(1));
@@ -342,7 +370,10 @@ pub const Accumulator = switch (method) {
             }
         }
         pub inline fn get(a: @This()) I {
-            return std.simd.join(std.simd.join(a.sum[0], a.sum[1]), std.simd.join(a.sum[2], a.sum[3]));
+            return std.simd.join(
+                std.simd.join(a.sum[0], a.sum[1]),
+                std.simd.join(a.sum[2], a.sum[3]),
+            );
         }
     },
     // NEON without dotprod, and wasm: each lane's sum is kept in two halves until `get`.
@@ -359,7 +390,9 @@ pub const Accumulator = switch (method) {
                 a.sum[k] +%= if (method == .wasm_dot)
                     wasm.@"llvm.wasm.dot"(eighth, words)
                 else
-                    arm.@"llvm.aarch64.neon.saddlp.v4i32.v8i16"(arm.@"llvm.aarch64.neon.smull.v8i16"(eighth, words));
+                    arm.@"llvm.aarch64.neon.saddlp.v4i32.v8i16"(
+                        arm.@"llvm.aarch64.neon.smull.v8i16"(eighth, words),
+                    );
             }
         }
         pub inline fn get(a: @This()) I {
@@ -371,7 +404,10 @@ pub const Accumulator = switch (method) {
                 const odd = @shuffle(i32, low, high, [4]i32{ 1, 3, ~@as(i32, 1), ~@as(i32, 3) });
                 quarters[k] = even +% odd;
             }
-            return std.simd.join(std.simd.join(quarters[0], quarters[1]), std.simd.join(quarters[2], quarters[3]));
+            return std.simd.join(
+                std.simd.join(quarters[0], quarters[1]),
+                std.simd.join(quarters[2], quarters[3]),
+            );
         }
     },
 };
@@ -387,7 +423,10 @@ fn dot_portable(codes: Codes, word: i32) I {
         const shift: @Vector(16, u5) = @splat(24 - 8 * k);
         const top: @Vector(16, u5) = @splat(24);
         const wide = @as(U, @bitCast(codes)) << shift;
-        const code: I = if (code_bias != 0) @bitCast(wide >> top) else @as(I, @bitCast(wide)) >> top;
+        const code: I = if (code_bias != 0) @bitCast(wide >> top) else @as(
+            I,
+            @bitCast(wide),
+        ) >> top;
         const factor = (@as(I, @splat(word)) << shift) >> top;
         sum +%= code *% factor;
     }
@@ -439,15 +478,5 @@ test "reduce_each reduces each vector as reduce does" {
     for (vectors, sums, tops) |v, sum, top| {
         try std.testing.expectEqual(reduce(.add, v), sum);
         try std.testing.expectEqual(reduce(.max, v), top);
-    }
-}
-
-test "exp2 is exact at 0, zero far below, and close elsewhere" {
-    try std.testing.expectEqual(@as(f32, 1), exp2(1, .{0})[0]);
-    try std.testing.expectEqual(@as(f32, 0), exp2(1, .{-1e30})[0]);
-    var x: f32 = 0;
-    while (x > -79) : (x -= 0.37) {
-        const expected = std.math.pow(f64, 2, x);
-        try std.testing.expectApproxEqRel(expected, @as(f64, exp2(1, .{x})[0]), 2.5e-7);
     }
 }

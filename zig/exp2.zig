@@ -1,0 +1,34 @@
+//! The exponential of the softmax, by operations that every target rounds alike. Called by
+//! softmax.zig and state.zig.
+const std = @import("std");
+const vec = @import("vec.zig");
+
+const coefficients = [7]f32{
+    1.0,                  0.6931472028550826,    0.24022647913626477,   0.055503324711001,
+    0.009618437357831564, 0.0013398874422265068, 0.0001535336188513113,
+};
+
+/// 2^x for x <= 0: a polynomial of degree 6 on [-0.5, 0.5], relative error below 2e-7. Exactly 1
+/// at 0 and exactly 0 below -80.
+pub inline fn exp2(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f32) {
+    const FN = @Vector(n, f32);
+    const IN = @Vector(n, i32);
+    const magic: FN = @splat(vec.round_magic);
+    const shifted = x + magic;
+    const fraction = x - (shifted - magic);
+    var p: FN = @splat(coefficients[6]);
+    inline for (0..6) |k| p = p * fraction + @as(FN, @splat(coefficients[5 - k]));
+    const exponent = @as(IN, @bitCast(shifted)) << @splat(23);
+    const result: FN = @bitCast(@as(IN, @bitCast(p)) +% exponent);
+    return @select(f32, x < @as(FN, @splat(-80.0)), @as(FN, @splat(0)), result);
+}
+
+test "exp2 is exact at 0, zero far below, and close elsewhere" {
+    try std.testing.expectEqual(@as(f32, 1), exp2(1, .{0})[0]);
+    try std.testing.expectEqual(@as(f32, 0), exp2(1, .{-1e30})[0]);
+    var x: f32 = 0;
+    while (x > -79) : (x -= 0.37) {
+        const expected = std.math.pow(f64, 2, x);
+        try std.testing.expectApproxEqRel(expected, @as(f64, exp2(1, .{x})[0]), 2.5e-7);
+    }
+}

@@ -1,0 +1,235 @@
+//! One step of attention: a block of up to four query rows against up to 64 slots of a page,
+//! kernel by kernel. Called by attend.zig; calls the kernel table.
+const attend = @import("attend.zig");
+const format = @import("format.zig");
+const score = @import("score.zig");
+const softmax = @import("softmax.zig");
+const vec = @import("vec.zig");
+const State = @import("state.zig").State;
+const Tier = @import("tier.zig").Tier;
+const Unit = attend.Unit;
+const Work = attend.Work;
+
+/// Up to 64 slots of one page that kernels take at once.
+pub const Window = struct {
+    keys: [*]const u8,
+    values: [*]const u8,
+    next_keys: [*]const u8,
+    next_values: [*]const u8,
+    /// Position of slot 0.
+    base: u64,
+    /// Position after the last slot in use.
+    end: u64,
+
+    pub fn init(tier: *const Tier, position: u64, end: u64, head: usize) Window {
+        const at = locate(tier, position, head);
+        const number = position / tier.tokens_per_page;
+        const page_end = (number + 1) * tier.tokens_per_page;
+        const window_end = @min(end, page_end, at.base + format.page_tokens);
+        const next = if (window_end < end) locate(tier, window_end, head) else at;
+        return .{
+            .keys = at.keys,
+            .values = at.values,
+            .next_keys = next.keys,
+            .next_values = next.values,
+            .base = at.base,
+            .end = window_end,
+        };
+    }
+
+    const Location = struct { keys: [*]const u8, values: [*]const u8, base: u64 };
+
+    fn locate(tier: *const Tier, position: u64, head: usize) Location {
+        const number = position / tier.tokens_per_page;
+        const page = tier.page_at(number, head);
+        const slot: usize = @intCast(position % tier.tokens_per_page);
+        const first = slot / format.page_tokens * format.page_tokens;
+        return .{
+            .keys = tier.keys_of(page) + rows_before(tier.key, first),
+            .values = tier.values_of(page) + rows_before(tier.value, first),
+            .base = number * tier.tokens_per_page + first,
+        };
+    }
+};
+
+/// Bytes before slot `first`. Only floating-point pages have more than one window.
+fn rows_before(half: format.Half, first: usize) usize {
+    return if (first == 0) 0 else first * half.row_bytes();
+}
+
+/// A block of up to four rows against one window.
+pub const Step = struct {
+    work: *Work,
+    tier: *const Tier,
+    window: *const Window,
+    row: usize,
+    count: usize,
+    /// Slots that each row sees, and their union in blocks of 16.
+    first: [score.rows_max]u32,
+    end: [score.rows_max]u32,
+    first_block: usize,
+    end_block: usize,
+    scores: score.Scores align(64),
+
+    pub fn init(
+        work: *Work,
+        tier: *const Tier,
+        unit: Unit,
+        window: *const Window,
+        row: usize,
+        count: usize,
+    ) Step {
+        var step: Step = .{
+            .work = work,
+            .tier = tier,
+            .window = window,
+            .row = row,
+            .count = count,
+            .first = @splat(0),
+            .end = @splat(0),
+            .first_block = format.blocks_per_page,
+            .end_block = 0,
+            .scores = undefined,
+        };
+        for (0..count) |r| {
+            const visible = work.visible(row + r);
+            const start = @max(unit.start, visible.start, window.base);
+            const end = @min(unit.end, visible.end, window.end);
+            if (start >= end) continue;
+            step.first[r] = @intCast(start - window.base);
+            step.end[r] = @intCast(end - window.base);
+            step.first_block = @min(step.first_block, step.first[r] / format.block_slots);
+            step.end_block = @max(step.end_block, (step.end[r] - 1) / format.block_slots + 1);
+        }
+        return step;
+    }
+
+    pub fn any_seen(step: *const Step) bool {
+        return step.end_block > step.first_block;
+    }
+
+    /// Scores become logits; unseen slots are hidden.
+    fn compute_logits(step: *Step) void {
+        const table = step.work.job.table;
+        table.score[@backingInt(step.tier.key.format)][step.count - 1](&.{
+            .keys = step.window.keys,
+            .next = if (step.row == 0) step.window.next_keys else step.window.keys,
+            .dim = step.tier.key.dim_stored(),
+            .query = &step.work.query,
+            .row = step.row,
+            .first_block = step.first_block,
+            .end_block = step.end_block,
+            .scores = &step.scores,
+        });
+        const options = &step.work.job.request.options;
+        const plain = options.softcap == 0 and options.alibi_slopes == null and
+            options.mask == null;
+        if (plain and step.all_seen()) return;
+        step.adjust();
+    }
+
+    fn all_seen(step: *const Step) bool {
+        for (0..step.count) |r| {
+            if (step.first[r] != 0 or step.end[r] != format.page_tokens) return false;
+        }
+        return true;
+    }
+
+    fn adjust(step: *Step) void {
+        const work = step.work;
+        const request = work.job.request;
+        const options = &request.options;
+        const slopes: ?[*]const f32 = @ptrCast(@alignCast(options.alibi_slopes));
+        var args: softmax.AdjustArgs = .{
+            .scores = &step.scores,
+            .rows = step.count,
+            .first = step.first,
+            .end = step.end,
+            .softcap = options.softcap * softmax.log2_e,
+            .alibi = @intFromBool(slopes != null),
+            .slopes = @splat(0),
+            .distances = @splat(0),
+            .mask_kind = @backingInt(request.mask_kind),
+            .masks = @splat(0),
+        };
+        for (0..step.count) |r| {
+            const head = work.query_head_of(step.row + r);
+            if (slopes) |s| args.slopes[r] = s[head] * softmax.log2_e;
+            args.distances[r] = @as(i64, @intCast(step.window.base)) - @as(
+                i64,
+                @intCast(work.query_position(step.row + r)),
+            );
+            if (request.mask_kind == .none) continue;
+            const entry = @as(
+                i64,
+                @intCast(work.query_of(step.row + r)),
+            ) * options.mask_query_stride +
+                @as(i64, @intCast(head)) * options.mask_head_stride + step.column();
+            const size: i64 = if (request.mask_kind == .boolean) 1 else 4;
+            args.masks[r] = @intFromPtr(options.mask.?) +% offset(entry * size);
+        }
+        work.job.table.adjust(&args);
+    }
+
+    /// Index of slot 0 among the live tokens; negative where slot 0 is not live.
+    fn column(step: *const Step) i64 {
+        var before: u64 = 0;
+        for (&step.work.job.cache.tiers) |*tier| {
+            if (tier == step.tier) break;
+            before += tier.tokens();
+        }
+        const index: i64 = @intCast(before);
+        return index + @as(i64, @intCast(step.window.base)) - @as(i64, @intCast(step.tier.start));
+    }
+
+    pub fn accumulate(step: *Step, state: State) void {
+        const table = step.work.job.table;
+        var corrections: [score.rows_max]f32 = undefined;
+        step.compute_logits();
+        table.update(&.{
+            .scores = &step.scores,
+            .rows = step.count,
+            .running = .{
+                .top = state.top.ptr + step.row,
+                .sums = state.sums.ptr + step.row * vec.lanes,
+            },
+            .corrections = &corrections,
+        });
+        table.accumulate[@backingInt(step.tier.value.format)][step.count - 1](&.{
+            .values = step.window.values,
+            .next = if (step.row == 0) step.window.next_values else step.window.values,
+            .dim = step.tier.value.dim_stored(),
+            .first_block = step.first_block,
+            .end_block = step.end_block,
+            .weights = &step.scores,
+            .corrections = &corrections,
+            .outputs = state.outputs.ptr + step.row * state.dim,
+            .output_stride = state.dim,
+        });
+    }
+
+    pub fn add_mass(step: *Step, top: []const f32, totals: []const f32) void {
+        step.compute_logits();
+        var args: softmax.MassArgs = .{
+            .scores = &step.scores,
+            .rows = step.count,
+            .top = top.ptr,
+            .total = totals.ptr,
+            .first = step.first,
+            .end = step.end,
+            .mass = @splat(0),
+        };
+        const live: i64 = @intCast(step.work.job.cache.len());
+        for (0..step.count) |r| {
+            const head: i64 = @intCast(step.work.query_head_of(step.row + r));
+            const entry = head * live + step.column();
+            args.mass[r] = @intFromPtr(step.work.mass.?) +% offset(entry * 4);
+        }
+        step.work.job.table.add_mass(&args);
+    }
+};
+
+/// A signed byte offset for wrapping addition to an address.
+fn offset(bytes: i64) usize {
+    return @truncate(@as(u64, @bitCast(bytes)));
+}
