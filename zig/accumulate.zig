@@ -4,14 +4,16 @@ const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
 const score = @import("score.zig");
+const ahead_file = @import("ahead.zig");
+const Ahead = ahead_file.Ahead;
+const Spread = ahead_file.Spread;
 const F = vec.F;
 const U = vec.U;
 const I = vec.I;
 
 pub const AccumulateArgs = extern struct {
     values: [*]const u8,
-    /// The value half that will be read next; prefetched meanwhile.
-    next: [*]const u8,
+    ahead: Ahead,
     /// Dimensions as stored.
     dim: usize,
     /// Blocks of 16 slots that hold any weight.
@@ -30,15 +32,13 @@ pub fn accumulate(comptime T: type, comptime rows: usize, args: *const Accumulat
     if (T.quantized) return accumulate_integer(T, rows, args);
     const flight = if (vec.wide_registers) 4 else 2;
     const chunks = args.dim / vec.lanes;
+    const slots = (args.end_block - args.first_block) * format.block_slots;
+    var spread = args.ahead.over((chunks / flight + chunks % flight) * slots);
     var chunk: usize = 0;
-    while (chunk + flight <= chunks) : (chunk += flight) accumulate_float(
-        T,
-        rows,
-        flight,
-        args,
-        chunk,
-    );
-    while (chunk < chunks) : (chunk += 1) accumulate_float(T, rows, 1, args, chunk);
+    while (chunk + flight <= chunks) : (chunk += flight) {
+        accumulate_float(T, rows, flight, args, chunk, &spread);
+    }
+    while (chunk < chunks) : (chunk += 1) accumulate_float(T, rows, 1, args, chunk, &spread);
 }
 
 fn accumulate_float(
@@ -47,6 +47,7 @@ fn accumulate_float(
     comptime flight: usize,
     args: *const AccumulateArgs,
     chunk: usize,
+    spread: *Spread,
 ) void {
     const chunk_bytes = vec.lanes * @sizeOf(T.Element);
     const row_bytes = args.dim * @sizeOf(T.Element);
@@ -57,7 +58,7 @@ fn accumulate_float(
     };
     for (args.first_block * format.block_slots..args.end_block * format.block_slots) |slot| {
         const at = slot * row_bytes + chunk * chunk_bytes;
-        vec.prefetch(args.next + at, flight * chunk_bytes);
+        spread.turn();
         var values: [flight]F = undefined;
         inline for (0..flight) |i| values[i] = T.load(args.values + at + i * chunk_bytes);
         inline for (0..rows) |r| {
@@ -93,18 +94,19 @@ fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const Accum
     const codes_bytes = args.dim * format.page_tokens * T.bits / 8;
     const scales: [*]const f16 = @ptrCast(@alignCast(args.values + codes_bytes));
     var weights: Weights(rows) = undefined;
+    var spread = args.ahead.over(groups * (rows + loads_per_group(T)));
     var first: usize = 0;
     while (first < groups) : (first += Weights(rows).groups) {
         const count = @min(Weights(rows).groups, groups - first);
-        quantize_weights(T, rows, args, scales, first, count, &weights);
+        quantize_weights(T, rows, args, scales, first, count, &weights, &spread);
         for (0..count) |i| {
-            vec.prefetch(
-                args.next + codes_bytes + (first + i) * format.page_tokens * 2,
-                format.page_tokens * 2,
-            );
-            accumulate_group(T, rows, args, first + i, i * rows, &weights);
+            accumulate_group(T, rows, args, first + i, i * rows, &weights, &spread);
         }
     }
+}
+
+fn loads_per_group(comptime T: type) usize {
+    return format.block_slots / T.chunks_per_load;
 }
 
 inline fn weight(args: *const AccumulateArgs, row: usize, block: usize) F {
@@ -112,10 +114,8 @@ inline fn weight(args: *const AccumulateArgs, row: usize, block: usize) F {
 }
 
 inline fn load_scale(scales: [*]const f16, g: usize, block: usize) F {
-    return vec.from_f16(
-        16,
-        vec.load(@Vector(16, f16), scales + g * format.page_tokens + block * 16),
-    );
+    const at = scales + g * format.page_tokens + block * 16;
+    return vec.from_f16(16, vec.load(@Vector(16, f16), at));
 }
 
 fn quantize_weights(
@@ -126,6 +126,7 @@ fn quantize_weights(
     first: usize,
     count: usize,
     weights: *Weights(rows),
+    spread: *Spread,
 ) void {
     var maxima: [vec.lanes]F = @splat(vec.splat(0));
     for (0..count) |i| {
@@ -151,6 +152,7 @@ fn quantize_weights(
         var scale: [format.blocks_per_page]F = undefined;
         inline for (0..format.blocks_per_page) |b| scale[b] = load_scale(scales, first + i, b);
         for (0..rows) |r| {
+            spread.turn();
             const pair = i * rows + r;
             sums[pair] = split_weights(
                 T,
@@ -192,9 +194,9 @@ inline fn split_weights(
         const shifted = if (b == 0) bits >> @splat(7) else bits << @splat(8 * b - 7);
         high |= shifted & @as(U, @splat(0xff << (8 * b)));
     }
-    if (centre != 0) low = @bitCast(
-        @as(vec.Codes, @bitCast(low)) -% @as(vec.Codes, @splat(centre)),
-    );
+    if (centre != 0) {
+        low = @bitCast(@as(vec.Codes, @bitCast(low)) -% @as(vec.Codes, @splat(centre)));
+    }
     vec.store(high_words, high);
     vec.store(low_words, low);
     const magic_bits: u32 = @bitCast(@as(f32, magic));
@@ -208,10 +210,11 @@ fn accumulate_group(
     g: usize,
     pair: usize,
     weights: *const Weights(rows),
+    spread: *Spread,
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const bias = if (T.bits == 8) vec.code_bias else T.offset;
-    const loads = format.block_slots / T.chunks_per_load;
+    const loads = loads_per_group(T);
     const halves = format.group / vec.lanes;
     var sums: [2][rows][halves]vec.Accumulator = undefined;
     inline for (0..rows) |r| inline for (0..halves) |h| {
@@ -220,20 +223,15 @@ fn accumulate_group(
     };
     for (0..loads) |l| {
         const at = (g * loads + l) * format.group * 4;
-        vec.prefetch(args.next + at, format.group * 4);
+        spread.turn();
         var codes: [halves]vec.Codes = undefined;
         inline for (0..halves) |h| codes[h] = score.load_codes(T, args.values + at + h * 64);
         inline for (0..T.chunks_per_load) |which| inline for (0..rows) |r| {
             const quad = l * T.chunks_per_load + which;
             inline for (0..halves) |h| {
-                sums[0][r][h].dot(
-                    score.select_nibbles(T, codes[h], which),
-                    weights.high[pair + r][quad],
-                );
-                sums[1][r][h].dot(
-                    score.select_nibbles(T, codes[h], which),
-                    weights.low[pair + r][quad],
-                );
+                const selected = score.select_nibbles(T, codes[h], which);
+                sums[0][r][h].dot(selected, weights.high[pair + r][quad]);
+                sums[1][r][h].dot(selected, weights.low[pair + r][quad]);
             }
         };
     }

@@ -20,6 +20,7 @@ pub const std_options: std.Options = .{ .signal_stack_size = null };
 test {
     _ = abi;
     _ = @import("accumulate.zig");
+    _ = @import("ahead.zig");
     _ = @import("attend.zig");
     _ = @import("cache.zig");
     _ = @import("config.zig");

@@ -4,6 +4,9 @@ const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
 const prepare = @import("prepare.zig");
+const ahead_file = @import("ahead.zig");
+const Ahead = ahead_file.Ahead;
+const Spread = ahead_file.Spread;
 const F = vec.F;
 
 /// Query rows computed from one load of a page.
@@ -13,8 +16,7 @@ pub const Scores = [rows_max][format.page_tokens]f32;
 
 pub const ScoreArgs = extern struct {
     keys: [*]const u8,
-    /// The key half that will be read next; prefetched meanwhile.
-    next: [*]const u8,
+    ahead: Ahead,
     /// Dimensions as stored.
     dim: usize,
     query: *const prepare.Query,
@@ -40,13 +42,14 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
     const q = args.query;
     var slot = args.first_block * format.block_slots;
     const end = args.end_block * format.block_slots;
+    var spread = args.ahead.over((end - slot) / tokens * chunks);
     while (slot < end) : (slot += tokens) {
         var sums: [vec.lanes]F = @splat(vec.splat(0));
         for (0..chunks) |chunk| {
+            spread.turn();
             var keys: [tokens]F = undefined;
             inline for (0..tokens) |t| {
                 const at = ((slot + t) * chunks + chunk) * chunk_bytes;
-                vec.prefetch(args.next + at, chunk_bytes);
                 keys[t] = T.load(args.keys + at);
             }
             inline for (0..rows) |r| {
@@ -55,10 +58,9 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
             }
         }
         const scores: [vec.lanes]f32 = vec.reduce_each(.add, &sums);
-        inline for (0..rows) |r| @memcpy(
-            args.scores[r][slot..][0..tokens],
-            scores[r * tokens ..][0..tokens],
-        );
+        inline for (0..rows) |r| {
+            @memcpy(args.scores[r][slot..][0..tokens], scores[r * tokens ..][0..tokens]);
+        }
     }
 }
 
@@ -68,15 +70,20 @@ fn score_integer(comptime T: type, comptime rows: usize, args: *const ScoreArgs)
     const planes = T.query_planes;
     // Blocks in flight: as many as the registers hold.
     const flight = if (vec.wide_registers) format.blocks_per_page / planes else 1;
+    const loads = args.query.groups() * loads_per_group(T);
+    const blocks = args.end_block - args.first_block;
+    var spread = args.ahead.over(loads * (blocks / flight + blocks % flight));
     var block = args.first_block;
-    while (block + flight <= args.end_block) : (block += flight) score_blocks(
-        T,
-        rows,
-        flight,
-        args,
-        block,
-    );
-    while (block < args.end_block) : (block += 1) score_blocks(T, rows, 1, args, block);
+    while (block + flight <= args.end_block) : (block += flight) {
+        score_blocks(T, rows, flight, args, block, &spread);
+    }
+    while (block < args.end_block) : (block += 1) {
+        score_blocks(T, rows, 1, args, block, &spread);
+    }
+}
+
+fn loads_per_group(comptime T: type) usize {
+    return format.group / 4 / T.chunks_per_load;
 }
 
 fn score_blocks(
@@ -85,17 +92,17 @@ fn score_blocks(
     comptime blocks: usize,
     args: *const ScoreArgs,
     block: usize,
+    spread: *Spread,
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const planes = T.query_planes;
     const bias = if (T.bits == 8) vec.code_bias else T.offset;
-    const loads = format.group / 4 / T.chunks_per_load;
+    const loads = loads_per_group(T);
     const q = args.query;
     const words = q.dim / 4;
     const groups = q.groups();
     const run_bytes = format.page_tokens * 4; // one word of every slot
     const scales: [*]const f16 = @ptrCast(@alignCast(args.keys + groups * loads * run_bytes));
-    const next_scales = args.next + groups * loads * run_bytes;
     var totals: [rows][blocks]F = @splat(@splat(vec.splat(0)));
     for (0..groups) |g| {
         var sums: [planes][rows][blocks]vec.Accumulator = undefined;
@@ -108,7 +115,7 @@ fn score_blocks(
         }
         for (0..loads) |l| {
             const run = (g * loads + l) * run_bytes + block * 64;
-            vec.prefetch(args.next + run, blocks * 64);
+            spread.turn();
             var codes: [blocks]vec.Codes = undefined;
             inline for (0..blocks) |b| codes[b] = load_codes(T, args.keys + run + b * 64);
             inline for (0..T.chunks_per_load) |chunk| {
@@ -122,7 +129,6 @@ fn score_blocks(
                 };
             }
         }
-        vec.prefetch(next_scales + (g * format.page_tokens + block * 16) * 2, blocks * 32);
         inline for (0..blocks) |b| {
             const at = g * format.page_tokens + (block + b) * 16;
             const key_scale = vec.from_f16(16, vec.load(@Vector(16, f16), scales + at));

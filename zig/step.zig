@@ -1,6 +1,7 @@
 //! One step of attention: a block of up to four query rows against up to 64 slots of a page,
 //! kernel by kernel. Called by attend.zig; calls the kernel table.
 const attend = @import("attend.zig");
+const Ahead = @import("ahead.zig").Ahead;
 const format = @import("format.zig");
 const score = @import("score.zig");
 const softmax = @import("softmax.zig");
@@ -10,12 +11,19 @@ const Tier = @import("tier.zig").Tier;
 const Unit = attend.Unit;
 const Work = attend.Work;
 
+const line_bytes = 64;
+/// Nanoseconds of a kernel on a page of four rows by 128 dimensions, in the order of `format.all`: how
+/// the lines to fetch are shared out. Only ratios matter, and only for speed.
+const score_cost = [format.count]usize{ 1100, 1100, 1100, 370, 215 };
+const accumulate_cost = [format.count]usize{ 1000, 1000, 1000, 500, 490 };
+
 /// Up to 64 slots of one page that kernels take at once.
 pub const Window = struct {
     keys: [*]const u8,
     values: [*]const u8,
-    next_keys: [*]const u8,
-    next_values: [*]const u8,
+    /// What the kernels should fetch meanwhile: all of the window that comes next.
+    ahead_of_score: Ahead,
+    ahead_of_accumulate: Ahead,
     /// Position of slot 0.
     base: u64,
     /// Position after the last slot in use.
@@ -26,14 +34,36 @@ pub const Window = struct {
         const number = position / tier.tokens_per_page;
         const page_end = (number + 1) * tier.tokens_per_page;
         const window_end = @min(end, page_end, at.base + format.page_tokens);
-        const next = if (window_end < end) locate(tier, window_end, head) else at;
-        return .{
+        var window: Window = .{
             .keys = at.keys,
             .values = at.values,
-            .next_keys = next.keys,
-            .next_values = next.values,
+            .ahead_of_score = .{ .at = at.keys, .lines = 0 },
+            .ahead_of_accumulate = .{ .at = at.values, .lines = 0 },
             .base = at.base,
             .end = window_end,
+        };
+        if (window_end < end) window.look_ahead(tier, locate(tier, window_end, head));
+        return window;
+    }
+
+    fn look_ahead(window: *Window, tier: *const Tier, next: Location) void {
+        if (tier.tokens_per_page > format.page_tokens) { // its halves are not one run
+            const lines = format.page_tokens / line_bytes;
+            window.ahead_of_score = .{ .at = next.keys, .lines = lines * tier.key.row_bytes() };
+            window.ahead_of_accumulate = .{
+                .at = next.values,
+                .lines = lines * tier.value.row_bytes(),
+            };
+            return;
+        }
+        const lines = tier.page_bytes() / line_bytes;
+        const key_cost = score_cost[@backingInt(tier.key.format)];
+        const value_cost = accumulate_cost[@backingInt(tier.value.format)];
+        const first = lines * key_cost / (key_cost + value_cost);
+        window.ahead_of_score = .{ .at = next.keys, .lines = first };
+        window.ahead_of_accumulate = .{
+            .at = next.keys + first * line_bytes,
+            .lines = lines - first,
         };
     }
 
@@ -113,7 +143,7 @@ pub const Step = struct {
         const table = step.work.job.table;
         table.score[@backingInt(step.tier.key.format)][step.count - 1](&.{
             .keys = step.window.keys,
-            .next = if (step.row == 0) step.window.next_keys else step.window.keys,
+            .ahead = step.ahead(step.window.ahead_of_score),
             .dim = step.tier.key.dim_stored(),
             .query = &step.work.query,
             .row = step.row,
@@ -126,6 +156,11 @@ pub const Step = struct {
             options.mask == null;
         if (plain and step.all_seen()) return;
         step.adjust();
+    }
+
+    /// One block of rows fetches for all.
+    fn ahead(step: *const Step, lines: Ahead) Ahead {
+        return if (step.row == 0) lines else .{ .at = lines.at, .lines = 0 };
     }
 
     fn all_seen(step: *const Step) bool {
@@ -197,7 +232,7 @@ pub const Step = struct {
         });
         table.accumulate[@backingInt(step.tier.value.format)][step.count - 1](&.{
             .values = step.window.values,
-            .next = if (step.row == 0) step.window.next_values else step.window.values,
+            .ahead = step.ahead(step.window.ahead_of_accumulate),
             .dim = step.tier.value.dim_stored(),
             .first_block = step.first_block,
             .end_block = step.end_block,

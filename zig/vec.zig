@@ -43,14 +43,6 @@ pub fn splat(x: f32) F {
     return @splat(x);
 }
 
-/// Asks for the cache lines of `target[0..bytes]`; a hint without effect on results.
-pub inline fn prefetch(target: [*]const u8, comptime bytes: usize) void {
-    if (is_wasm) return;
-    inline for (0..(bytes + 63) / 64) |line| {
-        @prefetch(target + line * 64, .{ .locality = 3, .cache = .data });
-    }
-}
-
 // ---- f16 and bf16 ----
 
 /// f16 to f32, exact. NaN payloads do not occur in pages.

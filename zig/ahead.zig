@@ -1,0 +1,32 @@
+//! Software prefetch, spread evenly over a kernel's work. While one page is computed, the next one is on
+//! its way from memory; asked for in bursts it would wait in the processor's few line-fill buffers.
+//! Used by score.zig and accumulate.zig; step.zig says what to fetch.
+const builtin = @import("builtin");
+
+/// Cache lines that a kernel call should ask for.
+pub const Ahead = extern struct {
+    at: [*]const u8,
+    lines: usize,
+
+    /// To be advanced `turns` times.
+    pub inline fn over(ahead: *const Ahead, turns: usize) Spread {
+        return .{ .at = ahead.at, .lines = ahead.lines, .turns = turns, .credit = 0 };
+    }
+};
+
+pub const Spread = struct {
+    at: [*]const u8,
+    lines: usize,
+    turns: usize,
+    credit: usize,
+
+    pub inline fn turn(spread: *Spread) void {
+        if (builtin.cpu.arch.isWasm()) return; // has no prefetch
+        spread.credit += spread.lines;
+        while (spread.credit >= spread.turns) {
+            @prefetch(spread.at, .{ .locality = 3, .cache = .data });
+            spread.at += 64;
+            spread.credit -= spread.turns;
+        }
+    }
+};
