@@ -1,5 +1,6 @@
-//! Software prefetch, spread evenly over a kernel's work. While one page is computed, the next one is on
-//! its way from memory; asked for in bursts it would wait in the processor's few line-fill buffers.
+//! Software prefetch, spread evenly over a kernel's work. While one page is computed, the next one
+//! is on its way from memory; asked for in bursts it would wait in the processor's few line-fill
+//! buffers. It comes into the second-level cache: two pages do not fit the first.
 //! Used by score.zig and accumulate.zig; step.zig says what to fetch.
 const builtin = @import("builtin");
 
@@ -24,7 +25,7 @@ pub const Spread = struct {
         if (builtin.cpu.arch.isWasm()) return; // has no prefetch
         spread.credit += spread.lines;
         while (spread.credit >= spread.turns) {
-            @prefetch(spread.at, .{ .locality = 3, .cache = .data });
+            @prefetch(spread.at, .{ .locality = 2, .cache = .data });
             spread.at += 64;
             spread.credit -= spread.turns;
         }

@@ -27,7 +27,7 @@ const Tier = @import("tier.zig").Tier;
 const chunk_tokens = 2048;
 /// Query rows that one task works on while a page is in the nearest cache.
 const task_rows = 64;
-/// Below this many bytes of pages, waking other threads costs more than it gains.
+/// Below this many bytes of tokens, waking other threads costs more than it gains.
 const parallel_bytes_min = 256 * 1024;
 
 pub const Request = struct {
@@ -121,7 +121,8 @@ const Job = struct {
         var bytes: usize = 0;
         for (&cache.tiers) |*tier| {
             job.units += unit_count(tier);
-            bytes += tier.page_count() * tier.page_bytes();
+            const token_bytes = tier.page_bytes() / @as(usize, @intCast(tier.tokens_per_page));
+            bytes += @as(usize, @intCast(tier.tokens())) * token_bytes * tier.heads;
         }
         const parallel = bytes * job.blocks >= parallel_bytes_min;
         const workers = if (parallel) @min(threads.thread_count(), scratch.Lanes.count_max) else 1;
@@ -293,7 +294,9 @@ pub const Work = struct {
         };
     }
 
-    /// Merges all units in order, tier by tier, and writes the outputs.
+    /// Merges all units in order, tier by tier, and writes the outputs. The first unit of a tier
+    /// and the first tier are not merged but taken: merging into an empty state gives the same
+    /// bits.
     fn fold(work: *Work, units: enum { kept, computed }) void {
         const job = work.job;
         work.total.reset();
@@ -301,29 +304,33 @@ pub const Work = struct {
         for (&job.cache.tiers) |*tier| {
             const count = unit_count(tier);
             if (count == 0) continue;
-            work.tier_state.reset();
+            const state = if (index == 0) work.total else work.tier_state;
             if (units == .computed) work.prepare_rows(tier);
-            for (0..count) |_| {
-                switch (units) {
-                    .kept => {
-                        const task = work.head * job.blocks + work.block;
-                        const kept = job.partial(task * job.units + index);
-                        work.tier_state.merge(kept.first_rows(work.rows));
-                    },
-                    .computed => {
-                        work.run_unit(job.unit_at(index), work.unit_state);
-                        work.tier_state.merge(work.unit_state);
-                    },
-                }
+            for (0..count) |i| {
+                const next = switch (units) {
+                    .kept => work.kept_unit(index),
+                    .computed => work.computed_unit(index, if (i == 0) state else work.unit_state),
+                };
+                if (i > 0) state.merge(next) else if (units == .kept) state.take(next);
                 index += 1;
             }
             if (tier.value.rotated) for (0..work.rows) |r| {
-                const outputs = work.tier_state.outputs.ptr + r * work.tier_state.dim;
+                const outputs = state.outputs.ptr + r * state.dim;
                 job.table.rotate(outputs, tier.value.dim_stored());
             };
-            work.total.merge(work.tier_state);
+            if (index > count) work.total.merge(state);
         }
         work.finish();
+    }
+
+    fn kept_unit(work: *Work, index: usize) State {
+        const task = work.head * work.job.blocks + work.block;
+        return work.job.partial(task * work.job.units + index).first_rows(work.rows);
+    }
+
+    fn computed_unit(work: *Work, index: usize, state: State) State {
+        work.run_unit(work.job.unit_at(index), state);
+        return state;
     }
 
     pub fn query_of(work: *const Work, row: usize) usize {

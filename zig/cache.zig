@@ -8,25 +8,27 @@
 //! eviction, `trim` and `clear` give pages back to the **pool**.
 //!
 //! The state depends on the token stream alone, however it was cut into appends. An operation
-//! happens wholly or not at all. Called by abi.zig; calls tier.zig, encode.zig, pool.zig.
+//! happens wholly or not at all. Called by abi.zig; calls tier.zig, fill.zig, encode.zig, pool.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const abi = @import("abi.zig");
-const dispatch = @import("dispatch.zig");
 const encode = @import("encode.zig");
 const format = @import("format.zig");
+const fill_file = @import("fill.zig");
 const input_file = @import("input.zig");
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
 const rotate = @import("rotate.zig");
 const sync = @import("sync.zig");
 const tier_file = @import("tier.zig");
-const vec = @import("vec.zig");
 const Config = @import("config.zig").Config;
 const Half = format.Half;
 const Input = input_file.Input;
 const Pool = pool_file.Pool;
 const Side = format.Side;
+const Source = fill_file.Source;
+const Workspace = fill_file.Workspace;
+const fill = fill_file.fill;
 const Tier = tier_file.Tier;
 const Change = tier_file.Change;
 
@@ -129,6 +131,12 @@ pub const Cache = struct {
         return .{ .{ 0, sinks_end }, .{ body, store_end }, .{ store_end, after.next } };
     }
 
+    /// Numbers that `tokens` tokens bring.
+    fn values_of(cache: *const Cache, tokens: u64) u64 {
+        const config = &cache.config;
+        return tokens *| config.num_kv_heads *| (config.head_dim + config.value_dim);
+    }
+
     /// Appends `tokens` tokens, or changes nothing.
     pub fn append(cache: *Cache, keys: Input, values: Input, tokens: u64) !void {
         cache.lock.lock();
@@ -151,129 +159,38 @@ pub const Cache = struct {
             reserved += 1;
         }
 
+        const heads = cache.config.num_kv_heads;
+        var workspace: Workspace = try .init(cache.rows, cache.values_of(tokens), heads);
+        defer workspace.deinit();
+
         // From here on nothing can fail.
         const live_before = cache.len();
-        const source: Source = .{ .keys = keys, .values = values, .first = cache.next };
+        const source: Source = .{
+            .keys = keys,
+            .values = values,
+            .first = cache.next,
+            .tail = cache.tier_of(.tail),
+        };
         const sinks = cache.tier_of(.sinks);
         const sinks_before = sinks.end;
         sinks.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.sinks)]);
-        cache.fill(sinks, sinks_before, sinks.end, source);
+        fill(sinks, sinks_before, sinks.end, &source, &workspace);
 
         const store = cache.tier_of(.store);
         const stored_before = store.end;
         store.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.store)]);
         // The tail still holds what it held: the batches that migrate are read from there.
-        cache.fill(store, @max(stored_before, store.start), store.end, source);
+        fill(store, @max(stored_before, store.start), store.end, &source, &workspace);
 
         const tail = cache.tier_of(.tail);
         tail.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.tail)]);
-        cache.fill(tail, @max(cache.next, tail.start), tail.end, source);
+        fill(tail, @max(cache.next, tail.start), tail.end, &source, &workspace);
 
         cache.migrated += store.end - @min(store.end, @max(stored_before, sinks.end));
         cache.evicted += live_before + tokens - cache.len();
         cache.next = after.next;
         cache.begin = after.begin;
         cache.boundary = after.boundary;
-    }
-
-    /// The rows of an append: the caller's from position `first` on, the tail's before.
-    const Source = struct { keys: Input, values: Input, first: u64 };
-
-    /// Writes the positions [start, end), which `tier` already covers.
-    fn fill(cache: *Cache, tier: *Tier, start: u64, end: u64, source: Source) void {
-        var position = start;
-        while (position < end) {
-            const number = position / tier.tokens_per_page;
-            const page_start = number * tier.tokens_per_page;
-            const slot: usize = @intCast(position - page_start);
-            const room = tier.tokens_per_page - slot;
-            const run: usize = @intCast(
-                @min(end - position, room, format.page_tokens - slot % format.page_tokens),
-            );
-            for (0..tier.heads) |head| {
-                const page = tier.page_at(number, head);
-                cache.fill_half(
-                    .key,
-                    tier.key,
-                    tier.keys_of(page),
-                    position,
-                    slot,
-                    run,
-                    head,
-                    source,
-                );
-                cache.fill_half(
-                    .value,
-                    tier.value,
-                    tier.values_of(page),
-                    position,
-                    slot,
-                    run,
-                    head,
-                    source,
-                );
-            }
-            position += run;
-        }
-    }
-
-    fn fill_half(
-        cache: *Cache,
-        comptime side: Side,
-        half: Half,
-        base: [*]u8,
-        position: u64,
-        slot: usize,
-        run: usize,
-        head: usize,
-        source: Source,
-    ) void {
-        const table = dispatch.table();
-        const dim = half.dim_stored();
-        const rows = cache.rows[0 .. run * dim];
-        for (0..run) |i| {
-            const row = rows[i * dim ..][0..dim];
-            cache.read_row(side, position + i, head, source, row);
-            if (half.rotated) table.rotate(row.ptr, dim);
-        }
-        const f = @backingInt(half.format);
-        if (!half.quantized()) {
-            const target = base + slot * half.row_bytes();
-            table.encode_rows[f].?(
-                &.{ .target = target, .rows = rows.ptr, .count = run, .dim = dim },
-            );
-        } else if (run == format.page_tokens) {
-            const encoder = (if (side == .key) table.encode_keys[f] else table.encode_values[f]).?;
-            encoder(&.{ .half = base, .rows = rows.ptr, .dim = dim });
-        } else for (0..run) |i| {
-            encode.encode_token(half, side, base, slot + i, rows[i * dim ..][0..dim]);
-        }
-    }
-
-    /// One row at tail precision, padded with zeros.
-    fn read_row(
-        cache: *Cache,
-        comptime side: Side,
-        position: u64,
-        head: usize,
-        source: Source,
-        row: []f32,
-    ) void {
-        const tail = cache.tier_of(.tail);
-        if (position >= source.first) {
-            const input = if (side == .key) &source.keys else &source.values;
-            input.read(position - source.first, head, row);
-            @memset(row[input.dim..], 0);
-            round_row(tail.key.format, row);
-        } else {
-            const half = if (side == .key) tail.key else tail.value;
-            const page = tail.page_at(position / tail.tokens_per_page, head);
-            const slot: usize = @intCast(position % tail.tokens_per_page);
-            const stored = @min(row.len, half.dim_stored());
-            const base = if (side == .key) tail.keys_of(page) else tail.values_of(page);
-            encode.decode_token(half, side, base, slot, row[0..stored]);
-            @memset(row[stored..], 0);
-        }
     }
 
     // ---- reading back ----
@@ -449,16 +366,3 @@ pub const Cache = struct {
         }
     }
 };
-
-/// What the tail makes of a row.
-fn round_row(tail_format: format.Format, row: []f32) void {
-    var i: usize = 0;
-    while (i < row.len) : (i += vec.lanes) {
-        const x = vec.load(vec.F, row.ptr + i);
-        vec.store(row.ptr + i, switch (tail_format) {
-            .f16 => vec.from_f16(16, vec.to_f16(16, x)),
-            .bf16 => vec.from_bf16(16, vec.to_bf16(16, x)),
-            else => x,
-        });
-    }
-}

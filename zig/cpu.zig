@@ -15,7 +15,7 @@ pub fn has_x86_64_v4_vnni() bool {
 pub fn has_dotprod() bool {
     if (builtin.cpu.arch != .aarch64) return false;
     return switch (builtin.os.tag) {
-        .linux => std.os.linux.getauxval(std.elf.AT_HWCAP) & hwcap_asimddp != 0,
+        .linux => std.os.linux.getauxval(std.elf.AT.HWCAP) & hwcap_asimddp != 0,
         .windows => IsProcessorFeaturePresent(pf_arm_v82_dp) != 0,
         else => true, // every Apple Silicon Mac
     };

@@ -2,9 +2,11 @@
 //! strides. Called by cache.zig.
 const std = @import("std");
 const abi = @import("abi.zig");
+const dispatch = @import("dispatch.zig");
 const format = @import("format.zig");
 const message = @import("message.zig");
 const rotate = @import("rotate.zig");
+const rows_file = @import("rows.zig");
 const vec = @import("vec.zig");
 const Half = format.Half;
 
@@ -20,76 +22,65 @@ pub const Input = struct {
     head_stride: i64,
     dim: usize,
 
-    fn address(in: *const Input, token: u64, head: usize) usize {
-        const size: i64 = switch (in.dtype) {
+    fn element_bytes(in: *const Input) i64 {
+        return switch (in.dtype) {
             .f32 => 4,
             .f16, .bf16 => 2,
             .f64 => 8,
         };
+    }
+
+    fn address(in: *const Input, token: u64, head: usize) usize {
         const elements = @as(i64, @intCast(token)) *% in.token_stride +%
             @as(i64, @intCast(head)) *% in.head_stride;
-        return in.base +% @as(usize, @truncate(@as(u64, @bitCast(elements *% size))));
+        const distance: u64 = @bitCast(elements *% in.element_bytes());
+        return in.base +% @as(usize, @truncate(distance));
     }
 
-    /// The row of (token, head) as f32 into `row[0..dim]`.
-    pub fn read(in: *const Input, token: u64, head: usize, row: []f32) void {
-        const at = in.address(token, head);
-        switch (in.dtype) {
-            inline else => |tag| {
-                const source: [*]align(1) const Element(tag) = @ptrFromInt(at);
-                for (row[0..in.dim], 0..) |*x, i| x.* = convert(tag, source[i]);
-            },
-        }
+    /// The rows of `count` tokens of one head.
+    pub fn rows(in: *const Input, token: u64, head: usize, count: usize) rows_file.Rows {
+        return in.rows_at(in.address(token, head), in.token_stride, count);
     }
 
-    fn Element(comptime dtype: abi.Dtype) type {
-        return switch (dtype) {
-            .f32 => f32,
-            .f16 => f16,
-            .bf16 => u16,
-            .f64 => f64,
-        };
-    }
-
-    inline fn convert(comptime dtype: abi.Dtype, x: Element(dtype)) f32 {
-        return switch (dtype) {
-            .f32 => x,
-            .f16 => vec.from_f16(1, .{x})[0],
-            .bf16 => vec.from_bf16(1, .{x})[0],
-            .f64 => @floatCast(x),
+    fn rows_at(in: *const Input, at: usize, stride: i64, count: usize) rows_file.Rows {
+        return .{
+            .first = at,
+            .stride_bytes = @truncate(stride *% in.element_bytes()),
+            .dtype = @backingInt(in.dtype),
+            .count = count,
+            .dim = in.dim,
         };
     }
 
     /// Refuses what the cache could not give back: NaN, infinities, magnitudes above `limit`.
     pub fn validate(in: *const Input, tokens: u64, heads: usize, limit: f32) Refusal!void {
-        for (0..@intCast(tokens)) |token| for (0..heads) |head| {
-            switch (in.dtype) {
-                inline else => |tag| {
-                    const at = in.address(token, head);
-                    const source: [*]align(1) const Element(tag) = @ptrFromInt(at);
-                    var refused = false;
-                    for (0..in.dim) |i| {
-                        // Written so that NaN is refused too.
-                        refused = refused or !(@abs(convert(tag, source[i])) <= limit);
-                    }
-                    if (refused) return in.explain(tag, source, token, head, limit);
-                },
-            }
-        };
+        const table = dispatch.table();
+        for (0..@intCast(tokens)) |token| {
+            const row = in.rows_at(in.address(token, 0), in.head_stride, heads);
+            if (table.check(&.{ .rows = row, .limit = limit })) continue;
+            for (0..heads) |head| switch (in.dtype) {
+                inline else => |tag| try in.explain(tag, token, head, limit),
+            };
+            unreachable; // one of the rows was refused
+        }
     }
 
     fn explain(
         in: *const Input,
         comptime dtype: abi.Dtype,
-        source: [*]align(1) const Element(dtype),
         token: u64,
         head: usize,
         limit: f32,
-    ) Refusal {
+    ) Refusal!void {
+        const at = in.address(token, head);
+        const source: [*]align(1) const rows_file.Element(dtype) = @ptrFromInt(at);
         for (0..in.dim) |i| {
-            const x = convert(dtype, source[i]);
-            if (@abs(x) <= limit) continue;
-            const given = if (dtype == .f64) source[i] else x;
+            const given = switch (dtype) {
+                .f32, .f64 => source[i],
+                .f16 => vec.from_f16(1, .{source[i]})[0],
+                .bf16 => vec.from_bf16(1, .{source[i]})[0],
+            };
+            if (@abs(@as(f32, @floatCast(given))) <= limit) continue;
             const where = "{s}: token {d}, head {d}, dim {d} is {d}; ";
             if (!std.math.isFinite(given)) {
                 const text = where ++ "expected finite values";
@@ -100,7 +91,6 @@ pub const Input = struct {
             message.set(text, .{ in.name, token, head, i, given, limit });
             return error.NotRepresentable;
         }
-        unreachable;
     }
 };
 

@@ -1,6 +1,7 @@
 //! The kernel table: everything that is compiled once per instruction set, as function pointers.
 //! Its functions are generic over the formats in `format.all` and over the number of query rows.
-//! Filled by isa.zig, picked by dispatch.zig, called by attend.zig and cache.zig.
+//! Filled by isa.zig, picked by dispatch.zig, called by attend.zig, step.zig, input.zig and
+//! fill.zig.
 const abi = @import("abi.zig");
 const format = @import("format.zig");
 const prepare = @import("prepare.zig");
@@ -9,6 +10,7 @@ const softmax = @import("softmax.zig");
 const accumulate = @import("accumulate.zig");
 const encode = @import("encode.zig");
 const rotate = @import("rotate.zig");
+const rows_file = @import("rows.zig");
 
 /// Sizes of row blocks that have kernels of their own.
 pub const row_counts = [_]usize{ 1, 2, 3, 4 };
@@ -31,6 +33,8 @@ pub const Table = extern struct {
     /// Floating-point formats only.
     encode_rows: [format.count]?RowsFn,
     rotate: *const fn ([*]f32, usize) callconv(.c) void,
+    check: *const fn (*const rows_file.CheckArgs) callconv(.c) bool,
+    read: *const fn (*const rows_file.ReadArgs) callconv(.c) void,
 };
 
 pub const table: Table = fill();
@@ -41,6 +45,8 @@ fn fill() Table {
     t.update = &adapt(softmax.UpdateArgs, softmax.update).call;
     t.add_mass = &adapt(softmax.MassArgs, softmax.add_mass).call;
     t.rotate = &rotate_row;
+    t.check = &check_rows;
+    t.read = &adapt(rows_file.ReadArgs, rows_file.read).call;
     for (format.all, 0..) |T, f| {
         t.prepare[f] = &struct {
             fn call(args: *const prepare.PrepareArgs) callconv(.c) void {
@@ -84,6 +90,10 @@ fn page_encoder(comptime T: type, comptime side: format.Side) type {
             encode.encode_page(T, side, args);
         }
     };
+}
+
+fn check_rows(args: *const rows_file.CheckArgs) callconv(.c) bool {
+    return rows_file.check(args);
 }
 
 fn rotate_row(row: [*]f32, len: usize) callconv(.c) void {

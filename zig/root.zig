@@ -29,6 +29,7 @@ test {
     _ = @import("dispatch.zig");
     _ = @import("encode.zig");
     _ = @import("exp2.zig");
+    _ = @import("fill.zig");
     _ = @import("format.zig");
     _ = @import("input.zig");
     _ = @import("kernels.zig");
@@ -40,6 +41,7 @@ test {
     _ = @import("prepare.zig");
     _ = @import("quantize.zig");
     _ = @import("rotate.zig");
+    _ = @import("rows.zig");
     _ = @import("score.zig");
     _ = @import("scratch.zig");
     _ = @import("slab.zig");

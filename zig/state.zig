@@ -54,6 +54,12 @@ pub const State = struct {
         };
     }
 
+    pub fn take(state: State, other: State) void {
+        @memcpy(state.top, other.top);
+        @memcpy(state.sums, other.sums);
+        @memcpy(state.outputs, other.outputs);
+    }
+
     /// Adds `other`, which covers later positions.
     pub fn merge(state: State, other: State) void {
         for (0..state.row_count()) |r| {

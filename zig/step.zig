@@ -12,8 +12,8 @@ const Unit = attend.Unit;
 const Work = attend.Work;
 
 const line_bytes = 64;
-/// Nanoseconds of a kernel on a page of four rows by 128 dimensions, in the order of `format.all`: how
-/// the lines to fetch are shared out. Only ratios matter, and only for speed.
+/// Nanoseconds of a kernel on a page of four rows by 128 dimensions, in the order of `format.all`:
+/// how the lines to fetch are shared out. Only ratios matter, and only for speed.
 const score_cost = [format.count]usize{ 1100, 1100, 1100, 370, 215 };
 const accumulate_cost = [format.count]usize{ 1000, 1000, 1000, 500, 490 };
 

@@ -1,0 +1,181 @@
+//! Writes the tokens of an append into pages that are already there: rows are read (from the
+//! caller, or from the tail for tokens that migrate), rounded, rotated and packed. kv heads are
+//! shared out among threads; a head's pages are nobody else's. Called by cache.zig; calls the
+//! kernel table.
+const std = @import("std");
+const abi = @import("abi.zig");
+const dispatch = @import("dispatch.zig");
+const encode = @import("encode.zig");
+const format = @import("format.zig");
+const kernels = @import("kernels.zig");
+const rows_file = @import("rows.zig");
+const scratch = @import("scratch.zig");
+const threads = @import("threads.zig");
+const Half = format.Half;
+const Input = @import("input.zig").Input;
+const Side = format.Side;
+const Tier = @import("tier.zig").Tier;
+
+/// Below this many values, waking other threads costs more than it gains.
+const parallel_values_min = 1 << 17;
+
+/// Where the rows of an append lie: the caller's from position `first` on, the tail's before.
+pub const Source = struct {
+    keys: Input,
+    values: Input,
+    first: u64,
+    tail: *const Tier,
+};
+
+/// Working memory for `fill`: rows of a page for every thread that may take part.
+pub const Workspace = struct {
+    block: scratch.Block,
+    lanes: scratch.Lanes,
+    borrowed: bool,
+
+    /// `own` serves appends of few tokens, so that they allocate nothing.
+    pub fn init(own: scratch.Block, values: u64, heads: usize) error{OutOfMemory}!Workspace {
+        const workers = if (values < parallel_values_min) 1 else threads.thread_count();
+        const count = @min(workers, heads, scratch.Lanes.count_max);
+        if (count == 1) return .{ .block = own, .lanes = .init(own, 1), .borrowed = false };
+        const block = try scratch.acquire(count * own.len);
+        const used: scratch.Block = @alignCast(block[0 .. count * own.len]);
+        return .{ .block = block, .lanes = .init(used, count), .borrowed = true };
+    }
+
+    pub fn deinit(workspace: *Workspace) void {
+        if (workspace.borrowed) scratch.release(workspace.block);
+    }
+};
+
+/// Writes the positions [start, end), which `tier` covers.
+pub fn fill(tier: *Tier, start: u64, end: u64, source: *const Source, workspace: *Workspace) void {
+    if (start >= end) return;
+    var job: Job = .{
+        .table = dispatch.table(),
+        .tier = tier,
+        .start = start,
+        .end = end,
+        .source = source,
+        .lanes = &workspace.lanes,
+    };
+    const heads: u32 = @intCast(tier.heads);
+    if (workspace.lanes.count > 1) return threads.run(heads, &job, Job.fill_head);
+    for (0..heads) |head| Job.fill_head(&job, @intCast(head));
+}
+
+const Job = struct {
+    table: *const kernels.Table,
+    tier: *Tier,
+    start: u64,
+    end: u64,
+    source: *const Source,
+    lanes: *scratch.Lanes,
+
+    fn fill_head(context: *anyopaque, head: u32) void {
+        const job: *Job = @ptrCast(@alignCast(context));
+        const lane = job.lanes.take();
+        defer job.lanes.give(lane);
+        const rows = job.lanes.memory(lane);
+        const tier = job.tier;
+        var position = job.start;
+        while (position < job.end) {
+            const number = position / tier.tokens_per_page;
+            const slot: usize = @intCast(position % tier.tokens_per_page);
+            const room = @min(tier.tokens_per_page - slot, page_room(slot));
+            const run: Run = .{
+                .position = position,
+                .slot = slot,
+                .count = @intCast(@min(job.end - position, room)),
+                .head = head,
+            };
+            const page = tier.page_at(number, head);
+            job.fill_half(.key, tier.key, tier.keys_of(page), run, rows);
+            job.fill_half(.value, tier.value, tier.values_of(page), run, rows);
+            position += run.count;
+        }
+    }
+
+    /// Slots from `slot` to the end of its window of 64.
+    fn page_room(slot: usize) usize {
+        return format.page_tokens - slot % format.page_tokens;
+    }
+
+    /// Consecutive tokens of one head within one page.
+    const Run = struct { position: u64, slot: usize, count: usize, head: usize };
+
+    fn fill_half(
+        job: *const Job,
+        comptime side: Side,
+        half: Half,
+        base: [*]u8,
+        run: Run,
+        rows: []f32,
+    ) void {
+        job.read(side, half, run, rows);
+        const dim = half.dim_stored();
+        const f = @backingInt(half.format);
+        if (!half.quantized()) {
+            job.table.encode_rows[f].?(&.{
+                .target = base + run.slot * half.row_bytes(),
+                .rows = rows.ptr,
+                .count = run.count,
+                .dim = dim,
+            });
+        } else if (run.count == format.page_tokens) {
+            const table = job.table;
+            const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
+            encoder.?(&.{ .half = base, .rows = rows.ptr, .dim = dim });
+        } else for (0..run.count) |i| {
+            encode.encode_token(half, side, base, run.slot + i, rows[i * dim ..][0..dim]);
+        }
+    }
+
+    /// The run's rows at tail precision, as `half` wants them.
+    fn read(job: *const Job, comptime side: Side, half: Half, run: Run, rows: []f32) void {
+        const source = job.source;
+        const dim = half.dim_stored();
+        const from_tail: usize = if (run.position >= source.first)
+            0
+        else
+            @intCast(@min(run.count, source.first - run.position));
+        if (from_tail > 0) job.read_rows(tail_rows(side, source.tail, run, from_tail), half, rows);
+        if (from_tail == run.count) return;
+        const input = if (side == .key) &source.keys else &source.values;
+        const token = run.position + from_tail - source.first;
+        const given = input.rows(token, run.head, run.count - from_tail);
+        job.read_rows(given, half, rows[from_tail * dim ..]);
+    }
+
+    fn read_rows(job: *const Job, from: rows_file.Rows, half: Half, target: []f32) void {
+        job.table.read(&.{
+            .rows = from,
+            .target = target.ptr,
+            .dim_stored = half.dim_stored(),
+            .tail_format = @backingInt(job.source.tail.key.format),
+            .rotated = half.rotated,
+        });
+    }
+
+    /// Tokens that migrate. Pages of store and tail cover the same positions, so they lie in one
+    /// page.
+    fn tail_rows(comptime side: Side, tail: *const Tier, run: Run, count: usize) rows_file.Rows {
+        const half = if (side == .key) tail.key else tail.value;
+        const page = tail.page_at(run.position / tail.tokens_per_page, run.head);
+        const base = if (side == .key) tail.keys_of(page) else tail.values_of(page);
+        const slot: usize = @intCast(run.position % tail.tokens_per_page);
+        const dtype: abi.Dtype = switch (half.format) {
+            .f32 => .f32,
+            .f16 => .f16,
+            .bf16 => .bf16,
+            .q8, .q4 => unreachable, // config.zig
+        };
+        return .{
+            .first = @intFromPtr(base + slot * half.row_bytes()),
+            .stride_bytes = @intCast(half.row_bytes()),
+            .dtype = @backingInt(dtype),
+            .count = count,
+            .dim = half.dim,
+        };
+    }
+};

@@ -1,0 +1,142 @@
+//! Reads rows of keys or values where they lie, in any of four element types, and makes them what
+//! the tail holds: checked, rounded, padded, and rotated for tiers that want it. Called by
+//! input.zig and fill.zig through the kernel table.
+const std = @import("std");
+const abi = @import("abi.zig");
+const format = @import("format.zig");
+const rotate = @import("rotate.zig");
+const vec = @import("vec.zig");
+const F = vec.F;
+
+/// Rows of `dim` elements, `stride_bytes` apart.
+pub const Rows = extern struct {
+    first: usize,
+    stride_bytes: isize,
+    dtype: u32, // abi.Dtype
+    count: usize,
+    dim: usize,
+
+    fn row(rows: *const Rows, i: usize) [*]const u8 {
+        const distance = @as(isize, @intCast(i)) *% rows.stride_bytes;
+        return @ptrFromInt(rows.first +% @as(usize, @bitCast(distance)));
+    }
+};
+
+pub fn Element(comptime dtype: abi.Dtype) type {
+    return switch (dtype) {
+        .f32 => f32,
+        .f16 => f16,
+        .bf16 => u16,
+        .f64 => f64,
+    };
+}
+
+inline fn convert(comptime dtype: abi.Dtype, comptime n: usize, at: [*]const u8) @Vector(n, f32) {
+    const source = vec.load(@Vector(n, Element(dtype)), at);
+    return switch (dtype) {
+        .f32 => source,
+        .f16 => vec.from_f16(n, source),
+        .bf16 => vec.from_bf16(n, source),
+        .f64 => @floatCast(source),
+    };
+}
+
+pub const CheckArgs = extern struct { rows: Rows, limit: f32 };
+
+/// Whether all magnitudes are numbers up to `limit`.
+pub fn check(args: *const CheckArgs) bool {
+    return switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
+        inline else => |dtype| check_rows(dtype, &args.rows, args.limit),
+    };
+}
+
+fn check_rows(comptime dtype: abi.Dtype, rows: *const Rows, limit: f32) bool {
+    const size = @sizeOf(Element(dtype));
+    for (0..rows.count) |r| {
+        const source = rows.row(r);
+        // Comparisons are written so that NaN fails them.
+        const none: @Vector(vec.lanes, bool) = @splat(false);
+        var fine: @Vector(vec.lanes, bool) = @splat(true);
+        var i: usize = 0;
+        while (i + vec.lanes <= rows.dim) : (i += vec.lanes) {
+            const x = convert(dtype, vec.lanes, source + i * size);
+            fine = @select(bool, @abs(x) <= vec.splat(limit), fine, none);
+        }
+        var rest = true;
+        while (i < rows.dim) : (i += 1) {
+            rest = rest and @abs(convert(dtype, 1, source + i * size)[0]) <= limit;
+        }
+        if (!rest or !@reduce(.And, fine)) return false;
+    }
+    return true;
+}
+
+pub const ReadArgs = extern struct {
+    rows: Rows,
+    /// (row, dim_stored) f32
+    target: [*]f32,
+    dim_stored: usize,
+    /// What the tail rounds to.
+    tail_format: u32,
+    rotated: bool,
+};
+
+pub fn read(args: *const ReadArgs) void {
+    switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
+        inline else => |dtype| switch (@as(abi.Format, @fromBackingInt(args.tail_format))) {
+            inline .f32, .f16, .bf16 => |tail| read_rows(dtype, tail, args),
+            else => unreachable, // config.zig
+        },
+    }
+}
+
+fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const ReadArgs) void {
+    const size = @sizeOf(Element(dtype));
+    const dim = args.rows.dim;
+    for (0..args.rows.count) |r| {
+        const source = args.rows.row(r);
+        const target = args.target[r * args.dim_stored ..][0..args.dim_stored];
+        var i: usize = 0;
+        while (i + vec.lanes <= dim) : (i += vec.lanes) {
+            const x = convert(dtype, vec.lanes, source + i * size);
+            vec.store(target.ptr + i, round(tail, vec.lanes, x));
+        }
+        while (i < dim) : (i += 1) {
+            target[i] = round(tail, 1, convert(dtype, 1, source + i * size))[0];
+        }
+        @memset(target[dim..], 0);
+        if (args.rotated) rotate.rotate(target);
+    }
+}
+
+inline fn round(comptime tail: abi.Format, comptime n: usize, x: @Vector(n, f32)) @Vector(n, f32) {
+    return switch (tail) {
+        .f16 => vec.from_f16(n, vec.to_f16(n, x)),
+        .bf16 => vec.from_bf16(n, vec.to_bf16(n, x)),
+        else => x,
+    };
+}
+
+test "rows of every type are read, padded and checked" {
+    const source = [_]f32{ 1, -2, 3, 4, 5, 6 };
+    var target: [32]f32 = undefined;
+    const rows: Rows = .{
+        .first = @intFromPtr(&source),
+        .stride_bytes = 12,
+        .dtype = 0,
+        .count = 2,
+        .dim = 3,
+    };
+    const f16_tail = @backingInt(abi.Format.f16);
+    read(&.{
+        .rows = rows,
+        .target = &target,
+        .dim_stored = 16,
+        .tail_format = f16_tail,
+        .rotated = false,
+    });
+    try std.testing.expectEqualSlices(f32, &.{ 1, -2, 3, 0 }, target[0..4]);
+    try std.testing.expectEqualSlices(f32, &.{ 4, 5, 6, 0 }, target[16..20]);
+    try std.testing.expect(check(&.{ .rows = rows, .limit = 6 }));
+    try std.testing.expect(!check(&.{ .rows = rows, .limit = 5 }));
+}
