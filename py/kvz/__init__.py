@@ -1,0 +1,80 @@
+"""kvz: a KV cache for transformer inference on CPUs that attends to packed keys and values."""
+
+from typing import Any
+
+from kvz.cache import TwoTierCache
+from kvz.config import (
+    CacheConfig,
+    CacheTier,
+    HighPrecisionTail,
+    Hybrid,
+    Precision,
+    QuantizedStore,
+)
+from kvz.errors import (
+    AbiMismatchError,
+    ClosedError,
+    ConfigError,
+    CoreError,
+    CorruptError,
+    ForeignBufferError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KvzError,
+    NotFiniteError,
+    NotRepresentableError,
+    OutOfMemoryError,
+    PoolExhaustedError,
+)
+from kvz.info import Info, get_num_threads, info, set_num_threads
+from kvz.pool import AlignedBuffer, BufferPool, BufferSize, PooledBuffer, PoolStats, default_pool
+from kvz.pooled import PooledBlock, PooledCache, PooledCacheStats
+from kvz.quantize import QuantizedTensor, quantize
+from kvz.stats import CacheStats
+
+__all__ = [
+    "AbiMismatchError",
+    "AlignedBuffer",
+    "BufferPool",
+    "BufferSize",
+    "CacheConfig",
+    "CacheStats",
+    "CacheTier",
+    "ClosedError",
+    "ConfigError",
+    "CoreError",
+    "CorruptError",
+    "ForeignBufferError",
+    "HighPrecisionTail",
+    "Hybrid",
+    "Info",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "KvzError",
+    "NotFiniteError",
+    "NotRepresentableError",
+    "OutOfMemoryError",
+    "PoolExhaustedError",
+    "PoolStats",
+    "PooledBlock",
+    "PooledBuffer",
+    "PooledCache",
+    "PooledCacheStats",
+    "Precision",
+    "QuantizedStore",
+    "QuantizedTensor",
+    "TwoTierCache",
+    "default_pool",
+    "get_num_threads",
+    "info",
+    "quantize",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from kvz.info import version
+
+        return version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

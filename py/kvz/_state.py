@@ -1,0 +1,206 @@
+"""What a cache is, whatever is done with it: its configuration, its owner in the core, its counts.
+
+Called by _cache.py; calls pool.py and _core.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvz._core import Core, Handle, load
+from kvz.arrays import as_count
+from kvz.config import CacheConfig
+from kvz.errors import InvalidArgumentError, InvalidTypeError
+from kvz.pool import BufferPool, PoolStats, default_pool
+
+Self = TypeVar("Self", bound="CacheState")
+
+
+class CacheState:
+    """Owns one cache of the core. The base of both caches; not for direct use."""
+
+    _kind = ""  # of abi.CacheKind
+
+    def __init__(
+        self,
+        config: CacheConfig | None,
+        pool: BufferPool | None,
+        core: str | None,
+        config_fields: dict[str, Any],
+        tokens_per_block: int = 64,
+    ) -> None:
+        if config is not None and not isinstance(config, CacheConfig):
+            raise InvalidTypeError(f"config: expected a CacheConfig, got {type(config).__name__}")
+        if pool is not None and not isinstance(pool, BufferPool):
+            raise InvalidTypeError(f"pool: expected a BufferPool, got {type(pool).__name__}")
+        if config is None:
+            config = CacheConfig(**config_fields)
+        elif config_fields:
+            config = replace(config, **config_fields)
+        self._core: Core = load(core if core is not None or pool is None else pool.core)
+        if pool is not None and pool.core != self._core.name:
+            raise InvalidArgumentError(
+                f"pool: expected memory of the {self._core.name} core, got {pool.core}"
+            )
+        self._pool = default_pool(self._core.name) if pool is None else pool
+        self._tokens_per_block = as_count(tokens_per_block, "tokens_per_block", 1)
+        # Appends, and the readers that need more than one call of the core.
+        self._lock = threading.RLock()
+        self._direct = self._core.shares_memory
+        self._core_append = self._core.cache_append
+        self._core_attend = self._core.cache_attend
+        self._configure(config)
+
+    def _configure(self, config: CacheConfig) -> None:
+        """Make the cache in the core, empty."""
+        core, formats = self._core, self._core.enums["Format"]
+        self._heads, self._head_dim = config.num_kv_heads, config.head_dim
+        self._value_dim = config.value_dim or config.head_dim
+        self._scale = 1 / math.sqrt(self._head_dim)
+        self._token = (self._heads, self._head_dim), (self._heads, self._value_dim)
+        given = core.new(
+            "CacheConfig",
+            kind=core.enums["CacheKind"][self._kind],
+            num_kv_heads=self._heads,
+            head_dim=self._head_dim,
+            value_dim=self._value_dim,
+            tail_format=formats[str(config.tail_precision)],
+            key_format=formats[str(config.key_precision)],
+            value_format=formats[str(config.value_precision)],
+            max_tokens=config.max_tokens,
+            tail_length=config.tail_length,
+            migration_batch=config.migration_batch,
+            sink_tokens=config.sink_tokens,
+            tokens_per_block=self._tokens_per_block,
+            rotation=core.enums["Rotation"][config.rotation],
+        )
+        with self._pool._handle as pool, core.frame() as frame:
+            pointer = core.create("cache_new", frame.ref(given), pool)
+        self._handle = Handle(type(self).__name__, pointer, core.cache_free)
+        self._config = config
+
+    def trim(self, n: int) -> int:
+        """Take back the `n` newest tokens, or all there are.
+
+        What stays keeps its bits: a token that was packed is not unpacked.
+
+        Returns
+        -------
+        int
+            How many tokens were removed.
+        """
+        count, removed = as_count(n, "n"), ctypes.c_uint64()
+        with self._lock, self._handle as pointer, self._core.frame() as frame:
+            self._core.check(self._core.cache_trim(pointer, count, frame.ref(removed)))
+        return removed.value
+
+    def clear(self) -> None:
+        """Forget everything and give the pages back; the next token has position 0."""
+        with self._lock, self._handle as pointer, self._core.frame():
+            self._core.check(self._core.cache_clear(pointer))
+
+    def _core_stats(self) -> Any:
+        """Return abi.CacheStats, all of one moment."""
+        out = self._core.new("CacheStats")
+        with self._handle as pointer, self._core.frame() as frame:
+            self._core.check(self._core.cache_stats(pointer, frame.ref(out)))
+        return out
+
+    def __len__(self) -> int:
+        """Return the number of tokens held."""
+        return int(self._core_stats().total_tokens)
+
+    @property
+    def next_position(self) -> int:
+        """The position that the next token will have."""
+        return int(self._core_stats().next_position)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """The positions of the tokens held, oldest first: (T,) int64."""
+        now = self._core_stats()
+        body = now.total_tokens - now.sink_tokens
+        positions = np.arange(now.total_tokens, dtype=np.int64)
+        positions[now.sink_tokens :] += now.next_position - body - now.sink_tokens
+        return positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages held, with the slots not yet filled."""
+        now = self._core_stats()
+        return int(now.sink_bytes + now.store_bytes + now.tail_bytes)
+
+    @property
+    def config(self) -> CacheConfig:
+        """What the cache was made with."""
+        return self._config
+
+    @property
+    def core(self) -> str:
+        """The name of the core that the cache lives in."""
+        return self._core.name
+
+    @property
+    def memory_pool(self) -> BufferPool:
+        """The pool that the pages come from."""
+        return self._pool
+
+    def pool_stats(self) -> PoolStats:
+        """Return the counters of the pool."""
+        return self._pool.stats()
+
+    def check(self) -> None:
+        """Verify every invariant of the state.
+
+        Raises
+        ------
+        CorruptError
+            One does not hold; please report it.
+        """
+        with self._handle as pointer, self._core.frame():
+            self._core.check(self._core.cache_check(pointer))
+
+    def digest(self) -> str:
+        """Return a hash of the state as 16 hex digits: equal digests mean equal bits.
+
+        It does not depend on the core, the kernels, or how the stream was cut into appends.
+        """
+        out = ctypes.c_uint64()
+        with self._handle as pointer, self._core.frame() as frame:
+            self._core.check(self._core.cache_digest(pointer, frame.ref(out)))
+        return f"{out.value:016x}"
+
+    def close(self) -> None:
+        """Give the memory back. Any later use but `close` raises `ClosedError`."""
+        self._handle.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._handle.pointer
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _shape_text(self) -> str:
+        """Return "8 heads x 128", for the repr."""
+        dims = f"{self._head_dim}"
+        if self._value_dim != self._head_dim:
+            dims += f"/{self._value_dim}"
+        return f"{self._heads} head{'s' * (self._heads > 1)} x {dims}"

@@ -1,0 +1,28 @@
+"""Every example runs, on every core, and says what it promises to say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# What the output of each example contains; an example that is not listed fails.
+PROMISES = {
+    "quickstart.py": "(32, 128)",
+    "numpy_decode_loop.py": "351 tokens: 256 q4 + 95 f16",
+    "shared_pool.py": "no room in the pool",
+    "partial_attention_merge.py": "largest difference",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example_runs(name, core, monkeypatch, capsys):
+    monkeypatch.setenv("KVZ_CORE", core)
+    runpy.run_path(str(EXAMPLES / name))
+    assert PROMISES[name] in capsys.readouterr().out
+
+
+def test_examples_are_there():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PROMISES)

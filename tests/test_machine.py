@@ -1,0 +1,170 @@
+"""Random walks over all verbs, against the reference: `--hypothesis-profile=long` walks further."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import kvz
+from support import (
+    KINDS,
+    STORES,
+    agree,
+    make_from,
+    model_of,
+    queries,
+    rows,
+    same_bits,
+    same_state,
+    stream,
+    unchanged,
+)
+
+counts = st.one_of(st.integers(1, 9), st.integers(10, 70), st.sampled_from([63, 64, 65, 128, 150]))
+seeds = st.integers(0, 2**20)
+tails = st.sampled_from(["f32", "f16", "bf16"])
+stores = st.sampled_from(STORES)
+
+
+@st.composite
+def configs(draw: Any) -> Any:
+    """Any small configuration: every tier within reach, every eviction near."""
+    sinks, tail = draw(st.integers(0, 9)), draw(st.integers(1, 40))
+    batch = draw(st.sampled_from([1, 2, 7, 32, 64]))
+    return kvz.CacheConfig(
+        num_kv_heads=draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from([1, 16, 31, 32, 33, 64, 80])),
+        value_dim=draw(st.sampled_from([None, 1, 24, 64])),
+        max_tokens=sinks + tail + batch + draw(st.integers(0, 150)),
+        tail_length=tail,
+        tail_precision=draw(tails),
+        store_precision=(draw(stores), draw(stores)),
+        migration_batch=batch,
+        sink_tokens=sinks,
+        rotation=draw(st.sampled_from(["auto", "on", "off"])),
+    )
+
+
+@st.composite
+def options_of_attend(draw: Any, heads: int, tokens: int, n: int | None) -> dict[str, Any]:
+    """Any options, on their own or together."""
+    options: dict[str, Any] = {"causal": draw(st.booleans())}
+    seed = draw(seeds)
+    if draw(st.booleans()):
+        options["scale"] = draw(st.sampled_from([0.0, 0.05, 0.3]))
+    if draw(st.booleans()):
+        options["window"] = draw(st.integers(1, 2 * tokens + 1))
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.sampled_from([0.1, 2.0, 30.0]))
+    if draw(st.booleans()):
+        options["alibi_slopes"] = np.abs(rows(1, 1, heads, seed)[0, 0]) / 10
+    if draw(st.booleans()):
+        options["sinks"] = rows(1, 1, heads, seed + 1)[0, 0]
+    kind = draw(st.sampled_from(["none", "boolean", "additive"]))
+    if kind != "none":
+        shapes = [(tokens,), (heads, tokens), (1, tokens)]
+        if n:
+            shapes = [
+                (tokens,),
+                (n, tokens),
+                (n, heads, tokens),
+                (n, 1, tokens),
+                (1, heads, tokens),
+            ]
+        shape = draw(st.sampled_from(shapes))
+        mask = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        options["mask"] = mask > -0.8 if kind == "boolean" else mask
+    return options
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """A cache and its reference, which must never differ."""
+
+    def __init__(self, core: Any, kind: str) -> None:
+        super().__init__()
+        self.core, self.kind = core, kind
+
+    @initialize(config=configs())
+    def start(self, config: Any) -> None:
+        self.real = make_from(self.core, config, self.kind)
+        self.model = model_of(config, self.kind)
+
+    @rule(n=counts, seed=seeds, cut=st.integers(1, 40))
+    def append(self, n: int, seed: int, cut: int) -> None:
+        """The real cache gets the tokens in runs of `cut`, the reference all at once."""
+        keys, values = stream(self.real.config, n, seed)
+        for start in range(0, n, cut):
+            self.real.append(keys[start : start + cut], values[start : start + cut])
+        self.model.append(keys, values)
+
+    @rule(n=counts, seed=seeds, where=st.integers(0, 10**6), bad=st.sampled_from([np.nan, np.inf]))
+    def append_something_bad(self, n: int, seed: int, where: int, bad: float) -> None:
+        keys, values = stream(self.real.config, n, seed)
+        side = (keys, values)[where % 2]
+        side.flat[where % side.size] = bad
+        with unchanged(self.real), pytest.raises(kvz.KvzError, match=("keys", "values")[where % 2]):
+            self.real.append(keys, values)
+
+    @rule(n=st.integers(0, 80))
+    def trim(self, n: int) -> None:
+        assert self.real.trim(n) == self.model.trim(n)
+
+    @precondition(lambda self: len(self.model) > 100)
+    @rule()
+    def clear(self) -> None:
+        self.real.clear()
+        self.model.clear()
+
+    @rule(data=st.data(), n=st.one_of(st.none(), st.integers(1, 40)), ratio=st.integers(1, 3))
+    def attend(self, data: Any, n: int | None, ratio: int) -> None:
+        if n and self.model.next_position:
+            n = min(n, self.model.next_position)
+        query = queries(self.real.config, n, ratio, seed=data.draw(seeds))
+        options = options_of_attend(query.shape[-2], len(self.model), n)
+        agree(self.real, self.model, query, **data.draw(options))
+
+    @rule(ends=st.tuples(st.integers(0, 300), st.integers(0, 300)))
+    def get(self, ends: tuple[int, int]) -> None:
+        """Read a range of what is held; a range with a hole is refused, here as there."""
+        now = self.model.next_position
+        start, stop = sorted(max(now - end, 0) for end in ends)
+        try:
+            expected = self.model.get_kv(start, stop)
+        except ValueError:
+            with pytest.raises(kvz.InvalidArgumentError):
+                self.real.get_kv(start, stop)
+            return
+        for got, wanted in zip(self.real.get_kv(start, stop), expected, strict=True):
+            same_bits(got, wanted)
+
+    @invariant()
+    def agrees_with_the_reference(self) -> None:
+        if hasattr(self, "real"):
+            same_state(self.real, self.model)
+            self.real.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "real"):
+            self.real.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_walk_agrees_with_the_reference(core: Any, kind: str) -> None:
+    """No order of verbs makes a cache differ from its reference."""
+    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+    run_state_machine_as_test(
+        cast(Any, lambda: CacheMachine(core, kind)),
+        settings=settings(deadline=None, suppress_health_check=quiet),
+    )
