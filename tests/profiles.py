@@ -12,7 +12,7 @@ _QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 settings.register_profile(
     "kvz",
-    max_examples=25,
+    max_examples=60,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=_QUIET,

@@ -97,7 +97,7 @@ def test_tiny_and_large_numbers_keep_their_bits(
     same_state(real, model)
 
 
-@pytest.mark.parametrize(("tail", "batch"), [(1, 1), (2, 1), (8, 4), (5, 64), (64, 5)])
+@pytest.mark.parametrize(("tail", "batch"), [(0, 1), (0, 8), (1, 1), (8, 4), (5, 64), (64, 5)])
 def test_the_tail_keeps_its_length(core: Any, tail: int, batch: int) -> None:
     """After any append the tail holds tail_length to tail_length + migration_batch - 1 tokens."""
     real, model = twins(core, tail_length=tail, migration_batch=batch)

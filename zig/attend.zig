@@ -51,12 +51,7 @@ pub fn attend(cache: *Cache, request: *const Request) Error!void {
         });
         return error.InvalidArgument;
     }
-    const query_values = request.query_tokens * request.query_heads * config.head_dim;
-    for (request.query[0..query_values], 0..) |x, i| {
-        if (std.math.isFinite(x)) continue;
-        message.set("query: value {d} is {d}; expected finite values", .{ i, x });
-        return error.NotFinite;
-    }
+    try check_query(request, config.head_dim);
     cache.lock.lockShared();
     defer cache.lock.unlockShared();
     if (request.query_tokens > cache.next and cache.next > 0) {
@@ -77,6 +72,26 @@ pub fn attend(cache: *Cache, request: *const Request) Error!void {
     var job: Job = try .init(cache, request);
     defer job.deinit();
     job.run();
+}
+
+fn check_query(request: *const Request, dim: usize) error{NotFinite}!void {
+    const rows = request.query_tokens * request.query_heads;
+    const finite = dispatch.table().check(&.{
+        .rows = .{
+            .first = @intFromPtr(request.query),
+            .stride_bytes = @intCast(dim * @sizeOf(f32)),
+            .dtype = @backingInt(abi.Dtype.f32),
+            .count = rows,
+            .dim = dim,
+        },
+        .limit = std.math.floatMax(f32),
+    });
+    if (finite) return;
+    for (request.query[0 .. rows * dim], 0..) |x, i| {
+        if (std.math.isFinite(x)) continue;
+        message.set("query: value {d} is {d}; expected finite values", .{ i, x });
+        return error.NotFinite;
+    }
 }
 
 pub const Unit = struct { tier: usize, start: u64, end: u64 };

