@@ -16,9 +16,9 @@ pub const AccumulateArgs = extern struct {
     ahead: Ahead,
     /// Dimensions as stored.
     dim: usize,
-    /// Blocks of 16 slots that hold any weight.
-    first_block: usize,
-    end_block: usize,
+    /// Slots outside these have no weight.
+    first_slot: usize,
+    end_slot: usize,
     /// Softmax weights, unnormalised; zero wherever a slot is not seen.
     weights: *align(64) const score.Scores,
     /// What the outputs so far are multiplied by first.
@@ -32,7 +32,7 @@ pub fn accumulate(comptime T: type, comptime rows: usize, args: *const Accumulat
     if (T.quantized) return accumulate_integer(T, rows, args);
     const flight = if (vec.wide_registers) 4 else 2;
     const chunks = args.dim / vec.lanes;
-    const slots = (args.end_block - args.first_block) * format.block_slots;
+    const slots = args.end_slot - args.first_slot;
     var spread = args.ahead.over((chunks / flight + chunks % flight) * slots);
     var chunk: usize = 0;
     while (chunk + flight <= chunks) : (chunk += flight) {
@@ -56,7 +56,7 @@ fn accumulate_float(
         const at = args.outputs + r * args.output_stride + (chunk + i) * vec.lanes;
         sums[r][i] = vec.load(F, at) * vec.splat(args.corrections[r]);
     };
-    for (args.first_block * format.block_slots..args.end_block * format.block_slots) |slot| {
+    for (args.first_slot..args.end_slot) |slot| {
         const at = slot * row_bytes + chunk * chunk_bytes;
         spread.turn();
         var values: [flight]F = undefined;

@@ -22,9 +22,9 @@ pub const ScoreArgs = extern struct {
     query: *const prepare.Query,
     /// First query row of the block.
     row: usize,
-    /// Blocks of 16 slots to compute; the others of `scores` are left alone.
-    first_block: usize,
-    end_block: usize,
+    /// Slots to compute; a few more on either side may be.
+    first_slot: usize,
+    end_slot: usize,
     scores: *align(64) Scores,
 };
 
@@ -40,8 +40,8 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
     const chunk_bytes = vec.lanes * @sizeOf(T.Element);
     const chunks = args.dim / vec.lanes;
     const q = args.query;
-    var slot = args.first_block * format.block_slots;
-    const end = args.end_block * format.block_slots;
+    var slot = args.first_slot / tokens * tokens;
+    const end = std.mem.alignForward(usize, args.end_slot, tokens);
     var spread = args.ahead.over((end - slot) / tokens * chunks);
     while (slot < end) : (slot += tokens) {
         var sums: [vec.lanes]F = @splat(vec.splat(0));
@@ -71,13 +71,15 @@ fn score_integer(comptime T: type, comptime rows: usize, args: *const ScoreArgs)
     // Blocks in flight: as many as the registers hold.
     const flight = if (vec.wide_registers) format.blocks_per_page / planes else 1;
     const loads = args.query.groups() * loads_per_group(T);
-    const blocks = args.end_block - args.first_block;
+    const first_block = args.first_slot / format.block_slots;
+    const end_block = (args.end_slot - 1) / format.block_slots + 1;
+    const blocks = end_block - first_block;
     var spread = args.ahead.over(loads * (blocks / flight + blocks % flight));
-    var block = args.first_block;
-    while (block + flight <= args.end_block) : (block += flight) {
+    var block = first_block;
+    while (block + flight <= end_block) : (block += flight) {
         score_blocks(T, rows, flight, args, block, &spread);
     }
-    while (block < args.end_block) : (block += 1) {
+    while (block < end_block) : (block += 1) {
         score_blocks(T, rows, 1, args, block, &spread);
     }
 }

@@ -94,11 +94,11 @@ pub const Step = struct {
     window: *const Window,
     row: usize,
     count: usize,
-    /// Slots that each row sees, and their union in blocks of 16.
+    /// Slots that each row sees, and all of them together.
     first: [score.rows_max]u32,
     end: [score.rows_max]u32,
-    first_block: usize,
-    end_block: usize,
+    first_slot: usize,
+    end_slot: usize,
     scores: score.Scores align(64),
 
     pub fn init(
@@ -117,8 +117,8 @@ pub const Step = struct {
             .count = count,
             .first = @splat(0),
             .end = @splat(0),
-            .first_block = format.blocks_per_page,
-            .end_block = 0,
+            .first_slot = format.page_tokens,
+            .end_slot = 0,
             .scores = undefined,
         };
         for (0..count) |r| {
@@ -128,14 +128,14 @@ pub const Step = struct {
             if (start >= end) continue;
             step.first[r] = @intCast(start - window.base);
             step.end[r] = @intCast(end - window.base);
-            step.first_block = @min(step.first_block, step.first[r] / format.block_slots);
-            step.end_block = @max(step.end_block, (step.end[r] - 1) / format.block_slots + 1);
+            step.first_slot = @min(step.first_slot, step.first[r]);
+            step.end_slot = @max(step.end_slot, step.end[r]);
         }
         return step;
     }
 
     pub fn any_seen(step: *const Step) bool {
-        return step.end_block > step.first_block;
+        return step.end_slot > step.first_slot;
     }
 
     /// Scores become logits; unseen slots are hidden.
@@ -147,8 +147,8 @@ pub const Step = struct {
             .dim = step.tier.key.dim_stored(),
             .query = &step.work.query,
             .row = step.row,
-            .first_block = step.first_block,
-            .end_block = step.end_block,
+            .first_slot = step.first_slot,
+            .end_slot = step.end_slot,
             .scores = &step.scores,
         });
         const options = &step.work.job.request.options;
@@ -234,8 +234,8 @@ pub const Step = struct {
             .values = step.window.values,
             .ahead = step.ahead(step.window.ahead_of_accumulate),
             .dim = step.tier.value.dim_stored(),
-            .first_block = step.first_block,
-            .end_block = step.end_block,
+            .first_slot = step.first_slot,
+            .end_slot = step.end_slot,
             .weights = &step.scores,
             .corrections = &corrections,
             .outputs = state.outputs.ptr + step.row * state.dim,
