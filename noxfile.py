@@ -125,6 +125,6 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["build"])
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks on this machine."""
+    """Measure kvz and its peers; `-- --quick` is a smoke test."""
     install_wheel(session, *group("bench"))
     session.run("python", "bench/run.py", *session.posargs)

@@ -188,7 +188,7 @@ def test_texts_that_do_not_fit_are_refused(model, tmp_path, size, monkeypatch, c
     path = tmp_path / "text.txt"
     path.write_text("x " * size)
     assert cli.main(["demo", "--prompt", "", "--file", str(path)]) == 1
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"kvz: error: {path} has ")
     assert "give a part of it" in error
 

@@ -1,0 +1,14 @@
+"""One module per library. What each has to have is in workload.Contestant."""
+
+from __future__ import annotations
+
+NAMES = ("kvz", "numpy", "torch", "onnxruntime", "openvino", "ggml", "transformers", "mlx")
+
+#: Module of each: not the library's own name, which it has to import.
+MODULES = {name: f"contestants.with_{name}" for name in NAMES}
+
+
+def width(kv: str) -> int:
+    """Bits per value that a precision is compared at; a pair counts as its wider half."""
+    digits = "".join(c if c.isdigit() else " " for c in kv).split()
+    return max(int(word) for word in digits if word in ("4", "8", "16", "32"))

@@ -1,0 +1,180 @@
+"""Make tables and pictures of what run.py measured.
+
+Called by run.py; `python bench/report.py FILE` makes them again from its JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import plots
+from contestants import width
+from limits import limit
+
+Run = dict[str, Any]
+Result = dict[str, Any]
+KEY = ("case", "head_dim", "heads", "kv_heads", "past", "new")
+
+HOW = """\
+Times are of one step of one layer, the median (and 10 % to 90 %) in microseconds; `~`: other
+processes used more than 0.15 cores meanwhile. Every answer was compared with float64 attention:
+`error` is the relative error against the data, which is mostly what storing costs; `computing` the
+error against what is stored. Except for `overhead`, the step goes round over so many caches that
+none is found in the CPU's own caches. `of read`: stored bytes over time, as a share of the measured
+read bandwidth. `ratio`: the time of the fastest other library of the same width over the row's own
+time, so that more than 1 is faster. onnxruntime and openvino append the step's tokens, too.
+"""
+
+TITLES = {
+    "decode": "Decode: one query, {past} tokens",
+    "prefill": "Prefill: {new} new tokens after {past}",
+    "append": "Append: {new} tokens at a time",
+    "stream": "Append: single tokens, each one timed",
+    "overhead": "Overhead: one query, {past} tokens in one cache",
+}
+
+
+def write(run: Run, folder: Path) -> None:
+    """Print the tables, and leave them and the pictures in `folder`."""
+    text = markdown(run)
+    print(text)
+    (folder / "report.md").write_text(text, "utf-8")
+    try:
+        written = plots.draw(run, folder)
+    except ImportError as error:
+        print(f"plots: skipped: {error}", file=sys.stderr)
+    else:
+        print("plots:", ", ".join(map(str, written)), file=sys.stderr)
+
+
+def markdown(run: Run) -> str:
+    parts = [heading(run), HOW] if run["size"] != "quick" else [heading(run)]
+    keys = dict.fromkeys(tuple(one["job"][name] for name in KEY) for one in run["results"])
+    order = list(TITLES)
+    for key in sorted(keys, key=lambda k: (order.index(k[0]), -k[1], *k[4:])):
+        mine = [x for x in run["results"] if tuple(x["job"][name] for name in KEY) == key]
+        parts.append(section(run, mine))
+    parts += [f"- {name}: skipped: {why}" for name, why in run["skipped"].items()]
+    for one in run["failed"]:
+        job = one["job"]
+        parts.append(f"- {one['name']} {job['kv']} {job['case']} {job['past']}: {one['failed']}")
+    return "\n".join(parts) + "\n"
+
+
+def heading(run: Run) -> str:
+    machine = run["machine"]
+    lines = [f"# {machine['cpu']}, {machine['count']} processors, {machine['date']}", ""]
+    lines.append(", ".join(f"{name} {version}" for name, version in run["versions"].items()))
+    for one in run["limits"]:
+        unit = "GB/s" if one["what"] == "read" else "1e9 operations/s"
+        lines.append(f"- {one['what']}, {one['threads']} threads: {one['per_second']:.1f} {unit}")
+    if run["size"] == "quick":
+        lines += ["", "**A quick run: it shows that everything works, not how fast it is.**"]
+    return "\n".join(lines) + "\n"
+
+
+def section(run: Run, results: Sequence[Result]) -> str:
+    job = results[0]["job"]
+    counts = sorted({one["job"]["threads"] for one in results})
+    by_row: dict[tuple[str, str], dict[int, Result]] = {}
+    for one in results:
+        by_row.setdefault((one["name"], one["job"]["kv"]), {})[one["job"]["threads"]] = one
+    title = TITLES[job["case"]].format(**job)
+    heads = f"{job['heads']}/{job['kv_heads']} heads of {job['head_dim']}"
+    attends = job["case"] in ("decode", "prefill")
+    header = ["", *(["bits"] if attends else []), "error"]
+    header += ["computing"] if job["case"] not in ("append", "stream") else []
+    for count in counts:
+        named = columns(job["case"])
+        header += [f"{named[0]}, {count} thread{'s' * (count > 1)}", *named[1:], "ratio"]
+    header += ["scaling"] if len(counts) > 1 else []
+    lines = [f"## {title} ({heads})", "", row(header), row(["---"] * len(header))]
+    ranked = sorted(by_row.items(), key=lambda item: order(*item, counts[-1]))
+    for (name, kv), found in ranked:
+        one = next(iter(found.values()))
+        facts = {"bits": f"{one['bits']:.1f}", "error": f"{one['error_data']:.1e}"}
+        facts["computing"] = f"{one['error']:.1e}" if "error" in one else ""
+        cells = [f"**{name} {kv}**" if name == "kvz" else f"{name} {kv}"]
+        cells += [facts[column] for column in header if column in facts]
+        for count in counts:
+            cells += list(measured(run, found.get(count), results))
+        if len(counts) > 1:
+            cells.append(scaling(found, counts))
+        lines.append(row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def order(key: tuple[str, str], found: dict[int, Result], threads: int) -> tuple[float, float]:
+    return -width(key[1]), found[threads]["median"] if threads in found else 0.0
+
+
+def columns(case: str) -> list[str]:
+    return {
+        "decode": ["us", "GB/s", "of read"],
+        "prefill": ["us", "GFLOP/s", "of f32 peak"],
+        "append": ["us", "tokens/s"],
+        "stream": ["median us", "99 %", "max"],
+        "overhead": ["us"],
+    }[case]
+
+
+def measured(run: Run, one: Result | None, results: Sequence[Result]) -> Iterator[str]:
+    """Yield the cells of one row at one number of threads, in the order of `columns`."""
+    case = results[0]["job"]["case"]
+    if one is None:
+        yield from [""] * (len(columns(case)) + 1)
+        return
+    job, time = one["job"], one["median"]
+    noisy = "~" if one["busy"] > 0.15 else ""
+    if case == "stream":
+        yield from (f"{noisy}{one[name] * 1e6:,.1f}" for name in ("median", "p99", "max"))
+    else:
+        digits = 0 if time > 1e-4 else 1
+        low, middle, high = (f"{one[p] * 1e6:,.{digits}f}" for p in ("p10", "median", "p90"))
+        yield f"{noisy}{middle} ({low} to {high})"
+    if case == "decode":
+        rate = one["bytes"] / time / 1e9
+        yield from share(rate, limit(run["limits"], "read", job["threads"]))
+    elif case == "prefill":
+        rate = flops(job) / time / 1e9
+        yield from share(rate, limit(run["limits"], "f32_multiply_add", job["threads"]))
+    elif case == "append":
+        yield f"{job['new'] / time:,.0f}"
+    best = fastest_peer(one, results)
+    yield f"{best / time:.2f}" if best else ""
+
+
+def share(rate: float, most: float | None) -> tuple[str, str]:
+    return f"{rate:.1f}", f"{rate / most:.0%}" if most else ""
+
+
+def flops(job: dict[str, Any]) -> int:
+    from workload import Job
+
+    return Job(**job).flops
+
+
+def fastest_peer(one: Result, results: Sequence[Result]) -> float | None:
+    """Return the least time of another library at the same width and number of threads."""
+    wanted = width(one["job"]["kv"]), one["job"]["threads"]
+    peers = (x for x in results if x["name"] != "kvz")
+    same = (x["median"] for x in peers if (width(x["job"]["kv"]), x["job"]["threads"]) == wanted)
+    return min(same, default=None)
+
+
+def scaling(found: dict[int, Result], counts: Sequence[int]) -> str:
+    few, many = found.get(counts[0]), found.get(counts[-1])
+    return f"{few['median'] / many['median']:.2f}" if few and many else ""
+
+
+def row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    write(json.loads(source.read_text("utf-8")), source.parent)
