@@ -28,7 +28,7 @@ const chunk_tokens = 2048;
 /// Query rows that one task works on while a page is in the nearest cache.
 const task_rows = 64;
 /// Below this many bytes of tokens, waking other threads costs more than it gains.
-const parallel_bytes_min = 256 * 1024;
+const parallel_bytes_min = 1 << 20;
 
 pub const Request = struct {
     query: [*]const f32, // (query_tokens, query_heads, head_dim)

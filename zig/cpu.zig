@@ -15,12 +15,14 @@ pub fn has_x86_64_v4_vnni() bool {
 pub fn has_dotprod() bool {
     if (builtin.cpu.arch != .aarch64) return false;
     return switch (builtin.os.tag) {
-        .linux => std.os.linux.getauxval(std.elf.AT.HWCAP) & hwcap_asimddp != 0,
+        .linux => getauxval(std.elf.AT.HWCAP) & hwcap_asimddp != 0,
         .windows => IsProcessorFeaturePresent(pf_arm_v82_dp) != 0,
         else => true, // every Apple Silicon Mac
     };
 }
 
+/// libc's: the one in std.os.linux knows nothing in a library, whose host has started the process.
+extern "c" fn getauxval(kind: usize) usize;
 const hwcap_asimddp = 1 << 20;
 const pf_arm_v82_dp = 43;
 extern "kernel32" fn IsProcessorFeaturePresent(feature: u32) callconv(.winapi) c_int;

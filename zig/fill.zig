@@ -17,7 +17,7 @@ const Side = format.Side;
 const Tier = @import("tier.zig").Tier;
 
 /// Below this many values, waking other threads costs more than it gains.
-const parallel_values_min = 1 << 17;
+const parallel_values_min = 1 << 18;
 
 /// Where the rows of an append lie: the caller's from position `first` on, the tail's before.
 pub const Source = struct {
