@@ -146,7 +146,8 @@ def machine(library: Any) -> Any:
 
 def exported(library: Any) -> set[str]:
     if isinstance(library, PE.Binary):
-        return {entry.name for entry in library.get_export().entries}
+        table = library.get_export()
+        return {str(entry.name) for entry in table.entries} if table else set()
     names = (symbol.name for symbol in library.exported_symbols)
     if isinstance(library, MACHO.Binary):  # where every C name has a leading underscore
         return {name.removeprefix("_") for name in names}
@@ -155,7 +156,7 @@ def exported(library: Any) -> set[str]:
 
 def needed(library: Any) -> set[str]:
     if isinstance(library, PE.Binary):
-        return {entry.name.lower() for entry in library.imports}
+        return {str(entry.name).lower() for entry in library.imports}
     return {entry if isinstance(entry, str) else entry.name for entry in library.libraries}
 
 
