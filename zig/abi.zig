@@ -15,6 +15,7 @@ const gpa = @import("memory.zig").gpa;
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
 const quantize_file = @import("quantize.zig");
+const slab_file = @import("slab.zig");
 const status_file = @import("status.zig");
 const threads = @import("threads.zig");
 const Config = config_file.Config;
@@ -463,6 +464,7 @@ pub fn info(out: *Info) callconv(.c) Status {
     return hand_out(Info, out, .{
         .cpu_count = threads.cpu_count(),
         .num_threads = @intCast(threads.thread_count()),
+        .huge_pages = @intFromBool(slab_file.huge_pages_offered()),
     });
 }
 

@@ -91,11 +91,7 @@ pub const Slab = struct {
 
     /// Asks for huge pages; true if the system agreed to try.
     pub fn advise_huge(slab: *const Slab) bool {
-        if (!huge_pages_known) return false;
-        if (slab.memory.len < huge_bytes) return false;
-        const advice = std.os.linux.MADV.HUGEPAGE;
-        const result = std.os.linux.madvise(slab.memory.ptr, slab.memory.len, advice);
-        return std.os.linux.errno(result) == .SUCCESS;
+        return advise(slab.memory);
     }
 
     pub const Taken = struct { slot: u32, untouched: bool };
@@ -144,6 +140,22 @@ pub const Slab = struct {
         return if (slot < slab.slots.len) @intCast(slot) else null;
     }
 };
+
+fn advise(memory: []u8) bool {
+    if (!huge_pages_known or memory.len < huge_bytes) return false;
+    const advice = std.os.linux.MADV.HUGEPAGE;
+    const result = std.os.linux.madvise(memory.ptr, memory.len, advice);
+    return std.os.linux.errno(result) == .SUCCESS;
+}
+
+/// Whether the system agrees to try huge pages at all: asks for one, and gives it back.
+pub fn huge_pages_offered() bool {
+    if (!huge_pages_known) return false;
+    const system = std.heap.page_allocator;
+    const memory = system.alignedAlloc(u8, alignment(huge_bytes), huge_bytes) catch return false;
+    defer system.free(memory);
+    return advise(memory);
+}
 
 /// Whole pages of the system. A slab that all but fills a huge page is given the rest of it.
 fn memory_bytes(slot_bytes: usize, slot_count: u32) usize {

@@ -254,8 +254,6 @@ else if (has_simd128)
 else
     .portable;
 
-pub const method_name = @tagName(method);
-
 // LLVM intrinsics as extern functions. The SysV convention makes Zig pass vectors by value on
 // Windows too.
 const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
