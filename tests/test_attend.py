@@ -416,3 +416,17 @@ def test_everything_may_be_trimmed(core: Any, kind: str) -> None:
     assert real.next_position == model.next_position == 100
     agree(real, model, queries(real.config, None, 2))
     agree(real, model, queries(real.config, 7, 2))
+
+
+def test_a_sink_of_minus_infinity_is_no_sink(core: Any) -> None:
+    """It leaves results as they are, also where nothing is seen."""
+    cache = make(core, num_kv_heads=1, head_dim=8)
+    off = np.full(2, -np.inf)
+    query = np.ones((2, 8), np.float32)
+    assert np.isneginf(cache.attend(query, sinks=off, return_lse=True)[1]).all()
+    cache.append(np.ones((3, 1, 8)), np.ones((3, 1, 8)))
+    for mask in (None, np.zeros(3, bool)):
+        plain = cache.attend(query, mask=mask, return_lse=True)
+        with_sinks = cache.attend(query, mask=mask, sinks=off, return_lse=True)
+        for a, b in zip(plain, with_sinks, strict=True):
+            np.testing.assert_array_equal(a, b)

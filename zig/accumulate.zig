@@ -1,6 +1,5 @@
 //! The value side of attention: outputs of up to four query rows += weights times the values of a
-//! page, read as they are packed. Called by attend.zig through the kernel table.
-const std = @import("std");
+//! page, read as they are packed. Called by step.zig through the kernel table.
 const vec = @import("vec.zig");
 const format = @import("format.zig");
 const score = @import("score.zig");

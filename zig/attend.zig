@@ -139,7 +139,7 @@ const Job = struct {
             const token_bytes = tier.page_bytes() / @as(usize, @intCast(tier.tokens_per_page));
             bytes += @as(usize, @intCast(tier.tokens())) * token_bytes * tier.heads;
         }
-        const parallel = bytes * job.blocks >= parallel_bytes_min;
+        const parallel = bytes *| job.blocks >= parallel_bytes_min;
         const workers = if (parallel) @min(threads.thread_count(), scratch.Lanes.count_max) else 1;
         const tasks = config.num_kv_heads * job.blocks;
         job.split = workers > 1 and tasks < 4 * workers and job.units > 1;
@@ -452,7 +452,9 @@ pub const Work = struct {
         for (0..work.rows) |r| {
             const head = work.query_head_of(r);
             if (sinks) |logits| {
-                work.total.add_sink(r, @max(logits[head] * softmax.log2_e, softmax.hidden / 10));
+                const logit = logits[head] * softmax.log2_e;
+                // Lower ones are no tokens at all; -inf turns a sink off.
+                if (logit > softmax.hidden / 10) work.total.add_sink(r, logit);
             }
             const sum = work.total.total(r);
             const inverse = if (sum > 0) 1 / sum else 0;

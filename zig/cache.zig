@@ -22,7 +22,6 @@ const rotate = @import("rotate.zig");
 const sync = @import("sync.zig");
 const tier_file = @import("tier.zig");
 const Config = @import("config.zig").Config;
-const Half = format.Half;
 const Input = input_file.Input;
 const Pool = pool_file.Pool;
 const Side = format.Side;
@@ -142,6 +141,7 @@ pub const Cache = struct {
         cache.lock.lock();
         defer cache.lock.unlock();
         if (tokens == 0) return;
+        if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
         if (tokens > std.math.maxInt(u48) - cache.next) {
             message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
             return error.InvalidArgument;

@@ -2,7 +2,6 @@
 //! for. Called by attend.zig, cache.zig and quantize.zig (`table`) and by abi.zig (`available`,
 //! `select`).
 const std = @import("std");
-const builtin = @import("builtin");
 const options = @import("options");
 const cpu = @import("cpu.zig");
 const kernels = @import("kernels.zig");

@@ -3,7 +3,6 @@
 const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
-const rotate = @import("rotate.zig");
 const F = vec.F;
 const U = vec.U;
 const Half = format.Half;

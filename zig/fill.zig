@@ -2,7 +2,6 @@
 //! caller, or from the tail for tokens that migrate), rounded, rotated and packed. kv heads are
 //! shared out among threads; a head's pages are nobody else's. Called by cache.zig; calls the
 //! kernel table.
-const std = @import("std");
 const abi = @import("abi.zig");
 const dispatch = @import("dispatch.zig");
 const encode = @import("encode.zig");

@@ -2,7 +2,6 @@
 //! Its functions are generic over the formats in `format.all` and over the number of query rows.
 //! Filled by isa.zig, picked by dispatch.zig, called by attend.zig, step.zig, input.zig and
 //! fill.zig.
-const abi = @import("abi.zig");
 const format = @import("format.zig");
 const prepare = @import("prepare.zig");
 const score = @import("score.zig");

@@ -8,7 +8,7 @@
 //! What a buffer holds: a miss of `acquire` is zero; a hit is as its last holder left it, unless
 //! `zero_on_release`. Pages hold anything: caches clear them.
 //!
-//! Called by abi.zig (host buffers) and cache.zig, tail.zig, store.zig (pages), from any thread;
+//! Called by abi.zig (host buffers) and tier.zig (pages), from any thread;
 //! calls slab.zig. Tests: pool_test.zig.
 
 const std = @import("std");

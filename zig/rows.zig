@@ -3,10 +3,8 @@
 //! input.zig and fill.zig through the kernel table.
 const std = @import("std");
 const abi = @import("abi.zig");
-const format = @import("format.zig");
 const rotate = @import("rotate.zig");
 const vec = @import("vec.zig");
-const F = vec.F;
 
 /// Rows of `dim` elements, `stride_bytes` apart.
 pub const Rows = extern struct {

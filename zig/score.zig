@@ -1,5 +1,5 @@
 //! The key side of attention: logits of up to four query rows against the keys of a page, read as
-//! they are packed. Called by attend.zig through the kernel table.
+//! they are packed. Called by step.zig through the kernel table.
 const std = @import("std");
 const vec = @import("vec.zig");
 const format = @import("format.zig");

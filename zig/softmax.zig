@@ -1,5 +1,5 @@
 //! Between keys and values: what a model adds to its logits (softcap, ALiBi, masks, visibility),
-//! and the running softmax over pages. Called by attend.zig through the kernel table.
+//! and the running softmax over pages. Called by step.zig through the kernel table.
 const std = @import("std");
 const vec = @import("vec.zig");
 const exp2 = @import("exp2.zig").exp2;

@@ -195,13 +195,11 @@ pub const Step = struct {
                 @intCast(work.query_position(step.row + r)),
             );
             if (request.mask_kind == .none) continue;
-            const entry = @as(
-                i64,
-                @intCast(work.query_of(step.row + r)),
-            ) * options.mask_query_stride +
-                @as(i64, @intCast(head)) * options.mask_head_stride + step.column();
+            const query: i64 = @intCast(work.query_of(step.row + r));
+            const entry = query *% options.mask_query_stride +%
+                @as(i64, @intCast(head)) *% options.mask_head_stride +% step.column();
             const size: i64 = if (request.mask_kind == .boolean) 1 else 4;
-            args.masks[r] = @intFromPtr(options.mask.?) +% offset(entry * size);
+            args.masks[r] = @intFromPtr(options.mask.?) +% offset(entry *% size);
         }
         work.job.table.adjust(&args);
     }
