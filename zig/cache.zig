@@ -141,11 +141,11 @@ pub const Cache = struct {
         cache.lock.lock();
         defer cache.lock.unlock();
         if (tokens == 0) return;
-        if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
         if (tokens > std.math.maxInt(u48) - cache.next) {
             message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
             return error.InvalidArgument;
         }
+        if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
         try keys.validate(tokens, cache.config.num_kv_heads, cache.key_limit);
         try values.validate(tokens, cache.config.num_kv_heads, cache.value_limit);
 
