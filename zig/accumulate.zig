@@ -18,10 +18,15 @@ pub const AccumulateArgs = extern struct {
     /// Slots outside these have no weight.
     first_slot: usize,
     end_slot: usize,
-    /// Softmax weights, unnormalised; zero wherever a slot is not seen.
-    weights: *align(64) const score.Scores,
+    /// Softmax weights, unnormalised; a negative zero wherever a slot is not seen.
+    weights: [*]align(64) const [format.page_tokens]f32, // (row, slot)
+    /// Whether there is such a slot. Quantized values then take one row at a time.
+    any_hidden: bool,
+    /// The largest weight of each row, and whether it is small beside the row's sum so far.
+    largest: [*]const f32, // (row)
+    minor: [*]const bool, // (row)
     /// What the outputs so far are multiplied by first.
-    corrections: *const [score.rows_max]f32,
+    corrections: [*]const f32, // (row)
     /// (row, output_stride)
     outputs: [*]f32,
     output_stride: usize,
@@ -70,174 +75,250 @@ fn accumulate_float(
     };
 }
 
-/// Largest integer weight: two planes of seven bits and a sign.
-const weight_limit: f32 = 63 * 128 + 63;
+/// Softmax weights and scales are 15-bit fixed point, relative to the largest of the page.
+const weight_one: f32 = 32767;
 
-/// Integer weights of all rows for as many groups as fill one vector with (group, row) pairs.
-fn Weights(comptime rows: usize) type {
+/// Below every weight and scale but zero: keeps zeros from being divided by zero.
+const tiny: f32 = 1e-30;
+
+/// Bits of the low one of two planes. Codes that fill a byte allow only 7 without saturation.
+fn low_bits(comptime T: type) comptime_int {
+    return if (T.bits == 8) 7 else 8;
+}
+
+/// What the largest scale of a group becomes: products of weights and scales are integers up to
+/// this.
+fn scale_one(comptime T: type) comptime_int {
+    return if (T.bits == 8) 8191 else 127 << 8;
+}
+
+/// What one of those integers is worth, where the largest weight and scale are one.
+fn unit_one(comptime T: type) f32 {
+    return 32768.0 / (weight_one * scale_one(T));
+}
+
+/// 15-bit integers of 64 slots, as 16-bit lanes: (j, j+32) of the first pair of blocks, then (j+16,
+/// j+48) of the second.
+const Slots = [2]vec.Halves;
+
+/// Integer weights of a block of rows for one group.
+fn Weights(comptime rows: usize, comptime planes: usize) type {
     return struct {
-        const groups = vec.lanes / rows;
-        /// (pair, quad of tokens): four int8 a word; word j holds the tokens j, j+16, j+32, j+48
-        high: [vec.lanes][format.block_slots]i32 align(64),
-        low: [vec.lanes][format.block_slots]i32 align(64),
-        /// (pair): sum of the integers, and what one unit of them is worth
-        totals: [vec.lanes]i32,
-        units: [vec.lanes]f32,
+        /// (plane, row, quad of tokens): four int8 a word; word j holds the tokens j, j+16, j+32,
+        /// j+48. The last plane is the low one.
+        planes: [planes][rows][format.block_slots]i32 align(64),
+        /// (row): what the offset of the codes adds to a sum, and what one unit of it is worth
+        biases: [rows]i32,
+        units: [rows]f32,
     };
 }
 
-/// Weights times scales become 14-bit integers per row and group, then exact integer dot products
-/// over the tokens of the page.
+/// Weights times scales become integers per row and group, then exact integer dot products over the
+/// tokens of the page.
+///
+/// The integers have 15 bits, in two int8 planes. Beside 4-bit codes one plane of 8 bits is enough
+/// where no token of the page is a major one: dither keeps the sum of many small weights right, so
+/// what it adds stays well below what storing lost.
 fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const AccumulateArgs) void {
+    const minor: @Vector(rows, bool) = args.minor[0..rows].*;
+    if (T.bits == 4 and @reduce(.And, minor)) {
+        accumulate_planes(T, rows, 1, args);
+    } else accumulate_planes(T, rows, 2, args);
+}
+
+fn accumulate_planes(
+    comptime T: type,
+    comptime rows: usize,
+    comptime planes: usize,
+    args: *const AccumulateArgs,
+) void {
+    @setEvalBranchQuota(100_000); // everything below is unrolled
     const groups = args.dim / format.group;
     const codes_bytes = args.dim * format.page_tokens * T.bits / 8;
     const scales: [*]const f16 = @ptrCast(@alignCast(args.values + codes_bytes));
-    var weights: Weights(rows) = undefined;
-    var spread = args.ahead.over(groups * (rows + loads_per_group(T)));
+    var spread = args.ahead.over(groups * loads_per_group(T));
+    var slots: [rows]Slots = undefined;
+    inline for (0..rows) |r| {
+        var blocks: [format.blocks_per_page]F = undefined;
+        inline for (&blocks, 0..) |*block, b| {
+            block.* = vec.load(F, @as([*]const f32, &args.weights[r]) + b * vec.lanes);
+        }
+        slots[r] = to_slots(&blocks, weight_one / @max(args.largest[r], tiny));
+    }
+    // Weights of several groups before their dot products: their chains of operations overlap.
+    var weights: [groups_at_once]Weights(rows, planes) = undefined;
     var first: usize = 0;
-    while (first < groups) : (first += Weights(rows).groups) {
-        const count = @min(Weights(rows).groups, groups - first);
-        quantize_weights(T, rows, args, scales, first, count, &weights, &spread);
-        for (0..count) |i| {
-            accumulate_group(T, rows, args, first + i, i * rows, &weights, &spread);
+    while (first < groups) : (first += groups_at_once) {
+        const count = @min(groups_at_once, groups - first);
+        const largest = largest_scales(args, scales + first * format.page_tokens, count);
+        const factors: [groups_at_once]f32 =
+            @as(Few, @splat(scale_one(T))) / @max(largest, @as(Few, @splat(tiny)));
+        const units: [groups_at_once]f32 = largest * @as(Few, @splat(unit_one(T)));
+        for (weights[0..count], first.., factors[0..count], units[0..count]) |*w, g, factor, unit| {
+            const at = scales + g * format.page_tokens;
+            quantize_weights(T, rows, planes, &slots, args.minor, at, factor, w);
+            inline for (0..rows) |r| {
+                const rounded_off: f32 = if (one_plane(T, planes, args.minor[r])) 256 else 1;
+                w.units[r] = args.largest[r] * unit * rounded_off;
+            }
+        }
+        for (weights[0..count], first..) |*w, g| {
+            accumulate_group(T, rows, planes, args, g, w, &spread);
         }
     }
 }
+
+/// Whether a row's integers are in one plane, be it alone or beside rows that need two.
+inline fn one_plane(comptime T: type, comptime planes: usize, minor: bool) bool {
+    if (T.bits == 8) return false;
+    return planes == 1 or minor;
+}
+
+const groups_at_once = 4;
+const Few = @Vector(groups_at_once, f32);
+
+inline fn load_scales(scales: [*]const f16) [format.blocks_per_page]F {
+    var blocks: [format.blocks_per_page]F = undefined;
+    inline for (&blocks, 0..) |*block, b| {
+        const halves = vec.load(@Vector(vec.lanes, f16), scales + b * vec.lanes);
+        block.* = vec.from_f16(vec.lanes, halves);
+    }
+    return blocks;
+}
+
+/// The largest magnitudes among the scales of `count` groups. What slots hold that are not seen
+/// must not show in the bits.
+inline fn largest_scales(args: *const AccumulateArgs, scales: [*]const f16, count: usize) Few {
+    var maxima: [groups_at_once]F = @splat(vec.splat(0));
+    inline for (&maxima, 0..) |*maximum, i| if (i < count) {
+        var blocks = load_scales(scales + i * format.page_tokens);
+        if (args.any_hidden) inline for (&blocks, 0..) |*block, b| {
+            const bits = vec.load(U, @as([*]const f32, &args.weights[0]) + b * vec.lanes);
+            const is_hidden = bits == @as(U, @splat(hidden_weight));
+            block.* = @select(f32, is_hidden, vec.splat(0), block.*);
+        };
+        maximum.* = vec.max(
+            vec.max(@abs(blocks[0]), @abs(blocks[1])),
+            vec.max(@abs(blocks[2]), @abs(blocks[3])),
+        );
+    };
+    return vec.fold_each(.max, F, groups_at_once, &maxima);
+}
+
+const hidden_weight: u32 = @bitCast(@as(f32, -0.0));
 
 fn loads_per_group(comptime T: type) usize {
     return format.block_slots / T.chunks_per_load;
 }
 
-inline fn weight(args: *const AccumulateArgs, row: usize, block: usize) F {
-    return vec.load(F, @as([*]const f32, &args.weights[row]) + block * 16);
+inline fn to_slots(blocks: *const [format.blocks_per_page]F, factor: f32) Slots {
+    var bits: [format.blocks_per_page]U = undefined;
+    inline for (blocks, &bits) |block, *integer| {
+        integer.* = @bitCast(block * vec.splat(factor) + vec.splat(vec.round_magic));
+    }
+    return .{ vec.pair_halves(bits[0], bits[2]), vec.pair_halves(bits[1], bits[3]) };
 }
 
-inline fn load_scale(scales: [*]const f16, g: usize, block: usize) F {
-    const at = scales + g * format.page_tokens + block * 16;
-    return vec.from_f16(16, vec.load(@Vector(16, f16), at));
-}
-
-fn quantize_weights(
+inline fn quantize_weights(
     comptime T: type,
     comptime rows: usize,
-    args: *const AccumulateArgs,
+    comptime planes: usize,
+    slots: *const [rows]Slots,
+    minor: [*]const bool, // (row)
     scales: [*]const f16,
-    first: usize,
-    count: usize,
-    weights: *Weights(rows),
-    spread: *Spread,
+    factor: f32,
+    weights: *Weights(rows, planes),
 ) void {
-    var maxima: [vec.lanes]F = @splat(vec.splat(0));
-    for (0..count) |i| {
-        var tops: [rows]F = @splat(vec.splat(0));
-        for (0..format.blocks_per_page) |b| {
-            const scale = @abs(load_scale(scales, first + i, b));
-            inline for (0..rows) |r| tops[r] = vec.max(tops[r], weight(args, r, b) * scale);
-        }
-        inline for (0..rows) |r| maxima[i * rows + r] = tops[r];
-    }
-    const top = vec.reduce_each(.max, &maxima);
-    weights.units = top * vec.splat(1.0 / weight_limit);
-    // Weights whose largest is this small are worth nothing, and their reciprocal overflows.
-    const worth = top > vec.splat(1e-30);
-    const inverses: [vec.lanes]f32 = @select(
-        f32,
-        worth,
-        vec.splat(weight_limit) / top,
-        vec.splat(0),
-    );
-    var sums: [vec.lanes]I = @splat(@splat(0));
-    for (0..count) |i| {
-        var scale: [format.blocks_per_page]F = undefined;
-        inline for (0..format.blocks_per_page) |b| scale[b] = load_scale(scales, first + i, b);
-        for (0..rows) |r| {
-            spread.turn();
-            const pair = i * rows + r;
-            sums[pair] = split_weights(
-                T,
-                args,
-                r,
-                &scale,
-                inverses[pair],
-                &weights.high[pair],
-                &weights.low[pair],
-            );
+    const scale = to_slots(&load_scales(scales), factor);
+    var sums: [rows]I = undefined;
+    inline for (0..rows) |r| {
+        const a = vec.multiply_q15(slots[r][0], scale[0]);
+        const b = vec.multiply_q15(slots[r][1], scale[1]);
+        const low = &weights.planes[planes - 1][r];
+        if (one_plane(T, planes, minor[r])) {
+            const words = vec.high_bytes(a +% dither[0], b +% dither[1]);
+            if (planes == 2) vec.store(&weights.planes[0][r], @as(U, @splat(0)));
+            vec.store(low, words);
+            sums[r] = vec.sum_bytes(words);
+        } else if (planes == 2) { // always true here
+            sums[r] = split_planes(T, a, b, &weights.planes[0][r], low);
         }
     }
-    weights.totals = vec.sum_each(&sums);
+    const bias = if (T.bits == 8) vec.code_bias else T.offset;
+    const totals = vec.fold_each(.add, I, rows, &sums);
+    weights.biases = totals *% @as(@Vector(rows, i32), @splat(bias));
 }
 
-/// The planes of one row's integer weights; returns their sums over the blocks. The low plane stays
-/// within [-64, 64) for formats whose codes fill a byte.
-inline fn split_weights(
+/// What is added before the low eight bits are dropped: instead of one half for all, every slot has
+/// its own of 64 fractions, so that weights too small for one unit keep their sum.
+const dither: Slots = blk: {
+    var result: [2][32]i16 = undefined;
+    for (0..format.page_tokens) |slot| {
+        const lane = slot % 16 * 2 + slot / 32;
+        result[slot / 16 % 2][lane] = @as(i16, @bitReverse(@as(u6, @intCast(slot)))) * 4 + 2;
+    }
+    break :blk .{ result[0], result[1] };
+};
+
+/// Two planes: integer = high * 2^low_bits + low, both signed; returns the sums of the integers.
+inline fn split_planes(
     comptime T: type,
-    args: *const AccumulateArgs,
-    row: usize,
-    scale: *const [format.blocks_per_page]F,
-    inverse: f32,
-    high_words: *align(64) [format.block_slots]i32,
-    low_words: *align(64) [format.block_slots]i32,
+    a: vec.Halves,
+    b: vec.Halves,
+    high: *[format.block_slots]i32,
+    low: *[format.block_slots]i32,
 ) I {
-    const centre = if (T.bits == 8) 64 else 0;
-    const magic = vec.round_magic + centre;
-    var high: U = @splat(0);
-    var low: U = @splat(0);
-    var total: U = @splat(0);
-    inline for (0..format.blocks_per_page) |b| {
-        // The integer, plus `centre`, stands in the low bits of the sum with the magic number.
-        const bits: U = @bitCast(
-            weight(args, row, b) * (scale[b] * vec.splat(inverse)) + vec.splat(magic),
-        );
-        total +%= bits;
-        low |= (bits << @splat(8 * b)) & @as(U, @splat(0x7f << (8 * b)));
-        const shifted = if (b == 0) bits >> @splat(7) else bits << @splat(8 * b - 7);
-        high |= shifted & @as(U, @splat(0xff << (8 * b)));
+    const half: vec.Halves = @splat(1 << (low_bits(T) - 1));
+    const x, const y = .{ a +% half, b +% half };
+    if (T.bits == 8) {
+        const mask: vec.Halves = @splat(127);
+        const codes: vec.Codes = @bitCast(vec.low_bytes(x & mask, y & mask));
+        vec.store(high, vec.low_bytes(x >> @splat(7), y >> @splat(7)));
+        vec.store(low, codes -% @as(vec.Codes, @splat(64)));
+    } else {
+        vec.store(high, vec.high_bytes(x, y));
+        vec.store(low, vec.low_bytes(a, b));
     }
-    if (centre != 0) {
-        low = @bitCast(@as(vec.Codes, @bitCast(low)) -% @as(vec.Codes, @splat(centre)));
-    }
-    vec.store(high_words, high);
-    vec.store(low_words, low);
-    const magic_bits: u32 = @bitCast(@as(f32, magic));
-    return @bitCast(total -% @as(U, @splat(format.blocks_per_page *% magic_bits)));
+    return vec.sum_halves(a) +% vec.sum_halves(b);
 }
 
-fn accumulate_group(
+inline fn accumulate_group(
     comptime T: type,
     comptime rows: usize,
+    comptime planes: usize,
     args: *const AccumulateArgs,
     g: usize,
-    pair: usize,
-    weights: *const Weights(rows),
+    weights: *const Weights(rows, planes),
     spread: *Spread,
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    const bias = if (T.bits == 8) vec.code_bias else T.offset;
     const loads = loads_per_group(T);
     const halves = format.group / vec.lanes;
-    var sums: [2][rows][halves]vec.Accumulator = undefined;
-    inline for (0..rows) |r| inline for (0..halves) |h| {
-        sums[0][r][h] = .init(0);
-        sums[1][r][h] = .init(-bias *% weights.totals[pair + r]);
-    };
+    var sums: [planes][rows][halves]vec.Accumulator = @splat(@splat(@splat(.init(0))));
     for (0..loads) |l| {
         const at = (g * loads + l) * format.group * 4;
         spread.turn();
         var codes: [halves]vec.Codes = undefined;
         inline for (0..halves) |h| codes[h] = score.load_codes(T, args.values + at + h * 64);
-        inline for (0..T.chunks_per_load) |which| inline for (0..rows) |r| {
+        inline for (0..T.chunks_per_load) |which| {
             const quad = l * T.chunks_per_load + which;
-            inline for (0..halves) |h| {
-                const selected = score.select_nibbles(T, codes[h], which);
-                sums[0][r][h].dot(selected, weights.high[pair + r][quad]);
-                sums[1][r][h].dot(selected, weights.low[pair + r][quad]);
-            }
-        };
+            inline for (0..rows) |r| inline for (0..planes) |p| {
+                const word = weights.planes[p][r][quad];
+                inline for (0..halves) |h| {
+                    sums[p][r][h].dot(score.select_nibbles(T, codes[h], which), word);
+                }
+            };
+        }
     }
+    const outputs = args.outputs + g * format.group;
+    const stride = args.output_stride;
+    const corrections: [rows]f32 = args.corrections[0..rows].*;
     inline for (0..rows) |r| inline for (0..halves) |h| {
-        const sum = (sums[0][r][h].get() << @splat(7)) +% sums[1][r][h].get();
-        const at = args.outputs + r * args.output_stride + g * format.group + h * vec.lanes;
-        const before = vec.load(F, at) * vec.splat(args.corrections[r]);
-        vec.store(at, before + @as(F, @floatFromInt(sum)) * vec.splat(weights.units[pair + r]));
+        var sum = sums[0][r][h].get();
+        if (planes == 2) sum = (sum << @splat(low_bits(T))) +% sums[1][r][h].get();
+        sum -%= @as(I, @splat(weights.biases[r]));
+        const at = outputs + r * stride + h * vec.lanes;
+        const before = vec.load(F, at) * vec.splat(corrections[r]);
+        vec.store(at, before + @as(F, @floatFromInt(sum)) * vec.splat(weights.units[r]));
     };
 }

@@ -53,7 +53,7 @@ fn encode_scales(
         tops[t] = vec.max(a, b);
         bottoms[t] = vec.max(-a, -b);
     }
-    const scale = T.scale(vec.reduce_each(.max, &tops), -vec.reduce_each(.max, &bottoms));
+    const scale = T.scale(vec.fold_each(.max, F, vec.lanes, &tops), -vec.fold_each(.max, F, vec.lanes, &bottoms));
     vec.store(scales + g * format.page_tokens + block * 16, scale);
     return T.inverse(vec.from_f16(16, scale));
 }

@@ -57,7 +57,7 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
                 inline for (0..tokens) |t| sums[r * tokens + t] += keys[t] * x;
             }
         }
-        const scores: [vec.lanes]f32 = vec.reduce_each(.add, &sums);
+        const scores: [vec.lanes]f32 = vec.fold_each(.add, F, vec.lanes, &sums);
         inline for (0..rows) |r| {
             @memcpy(args.scores[r][slot..][0..tokens], scores[r * tokens ..][0..tokens]);
         }

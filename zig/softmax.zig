@@ -47,16 +47,8 @@ pub fn adjust(args: *const AdjustArgs) void {
             vec.store(scores + b * 16, vec.load(F, scores + b * 16) + bias);
         };
         if (args.mask_kind != 0) apply_mask(args, r);
-        const first: I = @splat(@intCast(args.first[r]));
-        const end: I = @splat(@intCast(args.end[r]));
         for (0..format.blocks_per_page) |b| {
-            const slot = std.simd.iota(i32, 16) + @as(I, @splat(@intCast(b * 16)));
-            const seen = @select(
-                bool,
-                slot >= first,
-                slot < end,
-                @as(@Vector(16, bool), @splat(false)),
-            );
+            const seen = vec.lanes_within(b * 16, args.first[r], args.end[r]);
             vec.store(
                 scores + b * 16,
                 @select(f32, seen, vec.load(F, scores + b * 16), vec.splat(hidden)),
@@ -97,36 +89,80 @@ pub const UpdateArgs = extern struct {
     scores: *align(64) score.Scores, // in: logits; out: weights
     rows: usize,
     running: Running,
+    /// in: whether some slot may be hidden; out: whether one is. Their weights are negative zeros.
+    any_hidden: *bool,
+    /// out: what the outputs so far shrink by, the largest weight of each row, and whether that is
+    /// below `minor_part` of the row's sum so far
     corrections: *[score.rows_max]f32,
+    largest: *[score.rows_max]f32,
+    minor: *[score.rows_max]bool,
 };
+
+/// A token is a minor one while its weight is at most this part of the sum over its row so far.
+const minor_part: f32 = 1.0 / 16.0;
 
 /// Replaces logits by weights relative to the largest logit so far, and tells by how much the
 /// outputs so far shrink.
 pub fn update(args: *const UpdateArgs) void {
-    for (0..args.rows) |r| {
-        const scores: [*]f32 = &args.scores[r];
-        var logits: [format.blocks_per_page]F = undefined;
-        for (&logits, 0..) |*logit, b| logit.* = vec.load(F, scores + b * 16);
-        const largest = vec.reduce(
-            .max,
-            vec.max(vec.max(logits[0], logits[1]), vec.max(logits[2], logits[3])),
-        );
-        const before = args.running.top[r];
-        // A row that has seen nothing keeps a top far above `hidden`, so that hidden weights are
-        // zero.
-        const top = @max(before, @max(largest, hidden / 10));
-        const correction = exp2(1, .{before - top})[0];
-        const sums = args.running.sums + r * vec.lanes;
-        var sum = vec.load(F, sums) * vec.splat(correction);
-        for (logits, 0..) |logit, b| {
-            const weight = exp2(16, logit - vec.splat(top));
-            vec.store(scores + b * 16, weight);
-            sum += weight;
-        }
-        vec.store(sums, sum);
-        args.running.top[r] = top;
-        args.corrections[r] = correction;
+    switch (args.rows) {
+        inline 1...score.rows_max => |rows| update_rows(rows, args),
+        else => unreachable, // step.zig
     }
+}
+
+fn update_rows(comptime rows: usize, args: *const UpdateArgs) void {
+    @setEvalBranchQuota(10_000); // everything below is unrolled
+    const Rows = @Vector(rows, f32);
+    var maxima: [rows]F = undefined;
+    inline for (&maxima, 0..) |*maximum, r| {
+        const logits: [*]const f32 = &args.scores[r];
+        maximum.* = vec.max(
+            vec.max(vec.load(F, logits), vec.load(F, logits + 16)),
+            vec.max(vec.load(F, logits + 32), vec.load(F, logits + 48)),
+        );
+    }
+    const largest = vec.fold_each(.max, F, rows, &maxima);
+    const before: Rows = args.running.top[0..rows].*;
+    // A row that has seen nothing keeps a top far above `hidden`, so that hidden weights are zero.
+    const top = vec.max(before, vec.max(largest, @as(Rows, @splat(hidden / 10))));
+    if (args.any_hidden.*) args.any_hidden.* = sees_hidden(rows, args.scores);
+    const hides = args.any_hidden.*;
+    const corrections: [rows]f32 = exp2(rows, before - top);
+    const largest_weights: [rows]f32 = exp2(rows, largest - top);
+    const tops: [rows]f32 = top;
+    var sums: [rows]F = undefined;
+    inline for (&sums, 0..) |*sum, r| {
+        const scores: [*]f32 = &args.scores[r];
+        const lanes = args.running.sums + r * vec.lanes;
+        sum.* = vec.load(F, lanes) * vec.splat(corrections[r]);
+        inline for (0..format.blocks_per_page) |b| {
+            const logit = vec.load(F, scores + b * 16);
+            var weight = exp2(16, logit - vec.splat(tops[r]));
+            sum.* += weight;
+            if (hides) weight = @select(f32, is_hidden(logit), vec.splat(-0.0), weight);
+            vec.store(scores + b * 16, weight);
+        }
+        vec.store(lanes, sum.*);
+    }
+    const totals: [rows]f32 = vec.fold_each(.add, F, rows, &sums);
+    inline for (0..rows) |r| {
+        args.running.top[r] = tops[r];
+        args.corrections[r] = corrections[r];
+        args.largest[r] = largest_weights[r];
+        args.minor[r] = largest_weights[r] <= totals[r] * minor_part;
+    }
+}
+
+inline fn is_hidden(logits: F) @Vector(vec.lanes, bool) {
+    return logits <= vec.splat(hidden / 10);
+}
+
+fn sees_hidden(comptime rows: usize, all: *const score.Scores) bool {
+    var lowest = vec.splat(0);
+    for (all[0..rows]) |*scores| for (0..format.blocks_per_page) |b| {
+        lowest = vec.min(lowest, vec.load(F, @as([*]const f32, scores) + b * 16));
+    };
+    return @reduce(.Or, is_hidden(lowest));
 }
 
 /// Probabilities of a block of rows, given their final top and total, added to `mass`.

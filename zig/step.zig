@@ -1,5 +1,6 @@
 //! One step of attention: a block of up to four query rows against up to 64 slots of a page,
 //! kernel by kernel. Called by attend.zig; calls the kernel table.
+const accumulate_file = @import("accumulate.zig");
 const attend = @import("attend.zig");
 const Ahead = @import("ahead.zig").Ahead;
 const format = @import("format.zig");
@@ -218,6 +219,9 @@ pub const Step = struct {
     pub fn accumulate(step: *Step, state: State) void {
         const table = step.work.job.table;
         var corrections: [score.rows_max]f32 = undefined;
+        var largest: [score.rows_max]f32 = undefined;
+        var minor: [score.rows_max]bool = undefined;
+        var any_hidden = step.work.job.request.mask_kind != .none or !step.all_seen();
         step.compute_logits();
         table.update(&.{
             .scores = &step.scores,
@@ -226,19 +230,38 @@ pub const Step = struct {
                 .top = state.top.ptr + step.row,
                 .sums = state.sums.ptr + step.row * vec.lanes,
             },
+            .any_hidden = &any_hidden,
             .corrections = &corrections,
+            .largest = &largest,
+            .minor = &minor,
         });
-        table.accumulate[@backingInt(step.tier.value.format)][step.count - 1](&.{
+        var args: accumulate_file.AccumulateArgs = .{
             .values = step.window.values,
             .ahead = step.ahead(step.window.ahead_of_accumulate),
             .dim = step.tier.value.dim_stored(),
             .first_slot = step.first_slot,
             .end_slot = step.end_slot,
             .weights = &step.scores,
+            .any_hidden = any_hidden,
+            .largest = &largest,
+            .minor = &minor,
             .corrections = &corrections,
             .outputs = state.outputs.ptr + step.row * state.dim,
             .output_stride = state.dim,
-        });
+        };
+        const kernels = &table.accumulate[@backingInt(step.tier.value.format)];
+        if (!step.tier.value.quantized() or !any_hidden) {
+            return kernels[step.count - 1](&args);
+        }
+        for (0..step.count) |r| {
+            args.weights = step.scores[r..].ptr;
+            args.largest = largest[r..].ptr;
+            args.minor = minor[r..].ptr;
+            args.corrections = corrections[r..].ptr;
+            args.outputs = state.outputs.ptr + (step.row + r) * state.dim;
+            kernels[0](&args);
+            args.ahead.lines = 0;
+        }
     }
 
     pub fn add_mass(step: *Step, top: []const f32, totals: []const f32) void {

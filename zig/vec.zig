@@ -127,6 +127,13 @@ pub inline fn min(a: anytype, b: @TypeOf(a)) @TypeOf(a) {
     return @select(f32, a < b, a, b);
 }
 
+/// Which of the lanes `base`, `base` + 1, ... are in [first, end).
+pub inline fn lanes_within(base: usize, first: usize, end: usize) @Vector(lanes, bool) {
+    const index = std.simd.iota(i32, lanes) + @as(I, @splat(@intCast(base)));
+    const from = index >= @as(I, @splat(@intCast(first)));
+    return @select(bool, from, index < @as(I, @splat(@intCast(end))), from);
+}
+
 /// 1.5 * 2^23: adding it rounds |x| < 2^22 to the nearest even integer, held in the low bits.
 pub const round_magic: f32 = 12582912.0;
 
@@ -159,25 +166,44 @@ pub inline fn reduce(comptime op: Reduction, v: F) f32 {
     return halve(op, two)[0];
 }
 
-/// Lane l of the result is the reduction of `vectors[l]`, by the tree of `reduce`.
-pub inline fn reduce_each(comptime op: Reduction, vectors: *const [lanes]F) F {
-    return transpose_reduce(F, op, vectors);
+/// The reduction of each of up to 16 vectors, by the tree of `reduce`, whatever their number.
+pub inline fn fold_each(
+    comptime op: Reduction,
+    comptime V: type,
+    comptime n: usize,
+    vectors: *const [n]V,
+) @Vector(n, @typeInfo(V).vector.child) {
+    const padded = comptime std.math.ceilPowerOfTwo(usize, n) catch unreachable;
+    var all: [padded]V = undefined; // what pads it is not used
+    @memcpy(all[0..n], vectors);
+    var folded = transpose_reduce(V, padded, op, &all);
+    comptime var distance = lanes / padded / 2;
+    inline while (distance > 0) : (distance /= 2) {
+        const partner = comptime std.simd.iota(i32, lanes) ^ @as(I, @splat(distance));
+        folded = combine(op, folded, @shuffle(@typeInfo(V).vector.child, folded, undefined, partner));
+    }
+    const firsts = comptime std.simd.iota(i32, n) * @as(@Vector(n, i32), @splat(lanes / padded));
+    return @shuffle(@typeInfo(V).vector.child, folded, undefined, firsts);
 }
 
-/// Lane l of the result is the sum of the lanes of `vectors[l]`.
-pub inline fn sum_each(vectors: *const [lanes]I) I {
-    return transpose_reduce(I, .add, vectors);
-}
-
-inline fn transpose_reduce(comptime V: type, comptime op: Reduction, vectors: *const [lanes]V) V {
+/// Segment s of the result, of lanes / n lanes, is what `vectors[s]` reduces to in as many lanes.
+inline fn transpose_reduce(
+    comptime V: type,
+    comptime n: usize,
+    comptime op: Reduction,
+    vectors: *const [n]V,
+) V {
     const T = @typeInfo(V).vector.child;
-    var current: [lanes]V = undefined;
-    inline for (0..lanes) |l| current[bit_reversed[l]] = vectors[l];
+    var current: [n]V = undefined;
+    inline for (0..n) |l| current[comptime bit_reversed(n, l)] = vectors[l];
     comptime var segment = lanes;
-    inline while (segment > 1) : (segment /= 2) {
+    comptime var pairs = n / 2;
+    inline while (pairs > 0) : ({
+        segment /= 2;
+        pairs /= 2;
+    }) {
         const low = comptime low_halves(segment);
         const high = comptime high_halves(segment);
-        const pairs = segment / 2; // as many vectors remain as lanes in a segment
         inline for (0..pairs) |i| {
             const a = current[i];
             const b = current[i + pairs];
@@ -187,7 +213,15 @@ inline fn transpose_reduce(comptime V: type, comptime op: Reduction, vectors: *c
     return current[0];
 }
 
-const bit_reversed = [lanes]u8{ 0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15 };
+fn bit_reversed(n: usize, index: usize) usize {
+    var result: usize = 0;
+    var bit: usize = 1;
+    while (bit < n) : (bit *= 2) {
+        result *= 2;
+        if (index & bit != 0) result += 1;
+    }
+    return result;
+}
 
 /// Shuffle mask: the lower half of every segment of a, then of b.
 fn low_halves(comptime segment: usize) [lanes]i32 {
@@ -206,6 +240,73 @@ fn high_halves(comptime segment: usize) [lanes]i32 {
     const shift: i32 = segment / 2;
     for (&mask) |*lane| lane.* += if (lane.* >= 0) shift else -shift;
     return mask;
+}
+
+// ---- 16-bit fixed point ----
+
+/// 16-bit integers, two for each of 16 lanes.
+pub const Halves = @Vector(32, i16);
+
+/// The low halves of two vectors' lanes, side by side.
+pub inline fn pair_halves(a: U, b: U) Halves {
+    return @bitCast((a & @as(U, @splat(0xffff))) | (b << @splat(16)));
+}
+
+/// Per half the high byte of a, then that of b.
+pub inline fn high_bytes(a: Halves, b: Halves) U {
+    const x, const y = .{ @as(UHalves, @bitCast(a)), @as(UHalves, @bitCast(b)) };
+    return @bitCast((x >> @splat(8)) | (y & @as(UHalves, @splat(0xff00))));
+}
+
+/// Per half the low byte of a, then that of b.
+pub inline fn low_bytes(a: Halves, b: Halves) U {
+    const x, const y = .{ @as(UHalves, @bitCast(a)), @as(UHalves, @bitCast(b)) };
+    return @bitCast((x & @as(UHalves, @splat(0xff))) | (y << @splat(8)));
+}
+
+const UHalves = @Vector(32, u16);
+
+/// Products of fixed-point numbers of 15 bits, rounded: (a * b + 2^14) >> 15. Not both may be -2^15.
+pub inline fn multiply_q15(a: Halves, b: Halves) Halves {
+    if (!llvm) return multiply_q15_portable(a, b);
+    if (has_avx512) return x86.@"llvm.x86.avx512.pmul.hr.sw.512"(a, b);
+    const n = if (has_avx2) 16 else 8;
+    var parts: [32 / n]@Vector(n, i16) = undefined;
+    inline for (&parts, 0..) |*result, i| {
+        const x = std.simd.extract(a, i * n, n);
+        const y = std.simd.extract(b, i * n, n);
+        result.* = if (has_avx2)
+            x86.@"llvm.x86.avx2.pmul.hr.sw"(x, y)
+        else if (has_ssse3)
+            x86.@"llvm.x86.ssse3.pmul.hr.sw.128"(x, y)
+        else if (is_arm)
+            arm.@"llvm.aarch64.neon.sqrdmulh.v8i16"(x, y)
+        else if (has_simd128)
+            wasm.@"llvm.wasm.q15mulr.sat.signed"(x, y)
+        else
+            return multiply_q15_portable(a, b);
+    }
+    return @bitCast(parts);
+}
+
+fn multiply_q15_portable(a: Halves, b: Halves) Halves {
+    const Wide = @Vector(32, i32);
+    const product = @as(Wide, a) *% @as(Wide, b) +% @as(Wide, @splat(1 << 14));
+    return @truncate(product >> @splat(15));
+}
+
+/// The sum of each lane's two halves.
+pub inline fn sum_halves(halves: Halves) I {
+    const both: I = @bitCast(halves);
+    return (both >> @splat(16)) +% ((both << @splat(16)) >> @splat(16));
+}
+
+/// The sum of each lane's four signed bytes.
+pub inline fn sum_bytes(words: U) I {
+    const bytes: Codes = @bitCast(words);
+    var sum: Accumulator = .init(-4 * code_bias);
+    sum.dot(if (code_bias != 0) bytes ^ @as(Codes, @splat(0x80)) else bytes, 0x01010101);
+    return sum.get();
 }
 
 // ---- the 4-way int8 dot product ----
@@ -275,6 +376,9 @@ const x86 = struct {
     extern fn @"llvm.x86.avx2.pmadd.wd"(I16x16, I16x16) callconv(sysv) I32x8;
     extern fn @"llvm.x86.ssse3.pmadd.ub.sw.128"(U8x16, I8x16) callconv(sysv) I16x8;
     extern fn @"llvm.x86.sse2.pmadd.wd"(I16x8, I16x8) callconv(sysv) I32x4;
+    extern fn @"llvm.x86.avx512.pmul.hr.sw.512"(I16x32, I16x32) callconv(sysv) I16x32;
+    extern fn @"llvm.x86.avx2.pmul.hr.sw"(I16x16, I16x16) callconv(sysv) I16x16;
+    extern fn @"llvm.x86.ssse3.pmul.hr.sw.128"(I16x8, I16x8) callconv(sysv) I16x8;
 };
 const arm = struct {
     const I32x4 = @Vector(4, i32);
@@ -282,9 +386,11 @@ const arm = struct {
     extern fn @"llvm.aarch64.neon.sdot.v4i32.v16i8"(I32x4, I8x16, I8x16) I32x4;
     extern fn @"llvm.aarch64.neon.smull.v8i16"(@Vector(8, i8), @Vector(8, i8)) @Vector(8, i16);
     extern fn @"llvm.aarch64.neon.saddlp.v4i32.v8i16"(@Vector(8, i16)) @Vector(4, i32);
+    extern fn @"llvm.aarch64.neon.sqrdmulh.v8i16"(@Vector(8, i16), @Vector(8, i16)) @Vector(8, i16);
 };
 const wasm = struct {
     extern fn @"llvm.wasm.dot"(@Vector(8, i16), @Vector(8, i16)) @Vector(4, i32);
+    extern fn @"llvm.wasm.q15mulr.sat.signed"(@Vector(8, i16), @Vector(8, i16)) @Vector(8, i16);
 };
 
 /// 16 int32 sums; each `dot` adds four products to every lane. Exact integers, so the same on every
@@ -455,7 +561,30 @@ test "dot equals its definition" {
     }
 }
 
-test "reduce_each reduces each vector as reduce does" {
+test "multiply_q15 equals its definition, sum_bytes too" {
+    var prng = std.Random.DefaultPrng.init(5);
+    for (0..200) |_| {
+        var a: [32]i16 = undefined;
+        var b: [32]i16 = undefined;
+        for (&a, &b) |*x, *y| {
+            x.* = prng.random().intRangeAtMost(i16, -32767, 32767);
+            y.* = prng.random().int(i16);
+        }
+        const got = multiply_q15(a, b);
+        try std.testing.expect(@reduce(.And, got == multiply_q15_portable(a, b)));
+        const words: U = @bitCast(got);
+        const sums: [lanes]i32 = sum_bytes(words);
+        const bytes: [64]i8 = @bitCast(words);
+        for (sums, 0..) |sum, l| {
+            var expected: i32 = 0;
+            for (bytes[4 * l ..][0..4]) |byte| expected += byte;
+            try std.testing.expectEqual(expected, sum);
+        }
+    }
+}
+
+test "fold_each reduces each vector as reduce does" {
+    @setEvalBranchQuota(100_000);
     var prng = std.Random.DefaultPrng.init(3);
     var vectors: [lanes]F = undefined;
     for (&vectors) |*v| {
@@ -463,10 +592,12 @@ test "reduce_each reduces each vector as reduce does" {
         for (&array) |*x| x.* = prng.random().floatNorm(f32);
         v.* = array;
     }
-    const sums: [lanes]f32 = reduce_each(.add, &vectors);
-    const tops: [lanes]f32 = reduce_each(.max, &vectors);
-    for (vectors, sums, tops) |v, sum, top| {
-        try std.testing.expectEqual(reduce(.add, v), sum);
-        try std.testing.expectEqual(reduce(.max, v), top);
+    inline for (.{ 1, 2, 3, 4, 16 }) |n| {
+        const sums: [n]f32 = fold_each(.add, F, n, vectors[0..n]);
+        const tops: [n]f32 = fold_each(.max, F, n, vectors[0..n]);
+        for (vectors[0..n], sums, tops) |v, sum, top| {
+            try std.testing.expectEqual(reduce(.add, v), sum);
+            try std.testing.expectEqual(reduce(.max, v), top);
+        }
     }
 }
