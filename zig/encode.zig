@@ -44,16 +44,12 @@ fn encode_scales(
     scales: [*]f16,
 ) F {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    var tops: [vec.lanes]F = undefined;
-    var bottoms: [vec.lanes]F = undefined;
-    inline for (0..vec.lanes) |t| {
+    var ranks: [vec.lanes]U = undefined;
+    inline for (&ranks, 0..) |*rank, t| {
         const row = args.rows + (block * 16 + t) * args.dim + g * format.group;
-        const a = vec.load(F, row);
-        const b = vec.load(F, row + vec.lanes);
-        tops[t] = vec.max(a, b);
-        bottoms[t] = vec.max(-a, -b);
+        rank.* = @max(T.rank(vec.load(F, row)), T.rank(vec.load(F, row + vec.lanes)));
     }
-    const scale = T.scale(vec.fold_each(.max, F, vec.lanes, &tops), -vec.fold_each(.max, F, vec.lanes, &bottoms));
+    const scale = T.scale(vec.fold_each(.max, U, vec.lanes, &ranks));
     vec.store(scales + g * format.page_tokens + block * 16, scale);
     return T.inverse(vec.from_f16(16, scale));
 }
@@ -136,21 +132,6 @@ fn encode_value_group(
     }
 }
 
-pub const RowsArgs = extern struct {
-    target: [*]u8,
-    rows: [*]const f32, // (count, dim)
-    count: usize,
-    dim: usize,
-};
-
-/// Floating-point rows, token after token.
-pub fn encode_rows(comptime T: type, args: *const RowsArgs) void {
-    var i: usize = 0;
-    while (i < args.count * args.dim) : (i += vec.lanes) {
-        T.store(args.target + i * @sizeOf(T.Element), vec.load(F, args.rows + i));
-    }
-}
-
 /// Packs one token's row (padded, rotated) into `slot`; the same bits as `encode_page` gives.
 pub fn encode_token(
     half: Half,
@@ -164,18 +145,18 @@ pub fn encode_token(
             const T = format.all[@backingInt(tag)];
             if (!T.quantized) {
                 const at = base + slot * half.row_bytes();
-                return encode_rows(
-                    T,
-                    &.{ .target = at, .rows = row.ptr, .count = 1, .dim = row.len },
-                );
+                var i: usize = 0;
+                while (i < row.len) : (i += vec.lanes) {
+                    T.store(at + i * @sizeOf(T.Element), vec.load(F, row.ptr + i));
+                }
+                return;
             }
             const scales: [*]f16 = @constCast(half.scales(base));
             for (0..row.len / format.group) |g| {
                 const a = vec.load(F, row.ptr + g * format.group);
                 const b = vec.load(F, row.ptr + g * format.group + vec.lanes);
-                const top = vec.reduce(.max, vec.max(a, b));
-                const bottom = -vec.reduce(.max, vec.max(-a, -b));
-                const scale = T.scale(vec.splat(top), vec.splat(bottom));
+                const highest = @reduce(.Max, @max(T.rank(a), T.rank(b)));
+                const scale = T.scale(@splat(highest));
                 scales[g * format.page_tokens + slot] = scale[0];
                 const inverse = T.inverse(vec.from_f16(16, scale));
                 inline for (.{ a, b }, 0..) |x, h| {

@@ -15,9 +15,6 @@ const Input = @import("input.zig").Input;
 const Side = format.Side;
 const Tier = @import("tier.zig").Tier;
 
-/// Below this many values, waking other threads costs more than it gains.
-const parallel_values_min = 1 << 18;
-
 /// Where the rows of an append lie: the caller's from position `first` on, the tail's before.
 pub const Source = struct {
     keys: Input,
@@ -34,7 +31,7 @@ pub const Workspace = struct {
 
     /// `own` serves appends of few tokens, so that they allocate nothing.
     pub fn init(own: scratch.Block, values: u64, heads: usize) error{OutOfMemory}!Workspace {
-        const workers = if (values < parallel_values_min) 1 else threads.thread_count();
+        const workers = if (values < threads.parallel_values_min) 1 else threads.thread_count();
         const count = @min(workers, heads, scratch.Lanes.count_max);
         if (count == 1) return .{ .block = own, .lanes = .init(own, 1), .borrowed = false };
         const block = try scratch.acquire(count * own.len);
@@ -111,17 +108,27 @@ const Job = struct {
         run: Run,
         rows: []f32,
     ) void {
-        job.read(side, half, run, rows);
         const dim = half.dim_stored();
         const f = @backingInt(half.format);
         if (!half.quantized()) {
-            job.table.encode_rows[f].?(&.{
-                .target = base + run.slot * half.row_bytes(),
-                .rows = rows.ptr,
-                .count = run.count,
-                .dim = dim,
+            const at = base + run.slot * half.row_bytes();
+            const like_tail = half.format == job.source.tail.key.format;
+            if (like_tail) return job.read(side, half, run, .{ .page = at });
+            job.read(side, half, run, .{ .rows = rows.ptr });
+            return job.table.store[f].?(&.{
+                .rows = .{
+                    .first = @intFromPtr(rows.ptr),
+                    .stride_bytes = @intCast(dim * @sizeOf(f32)),
+                    .dtype = @backingInt(abi.Dtype.f32),
+                    .count = run.count,
+                    .dim = dim,
+                },
+                .target = at,
+                .dim_stored = dim,
             });
-        } else if (run.count == format.page_tokens) {
+        }
+        job.read(side, half, run, .{ .rows = rows.ptr });
+        if (run.count == format.page_tokens) {
             const table = job.table;
             const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
             encoder.?(&.{ .half = base, .rows = rows.ptr, .dim = dim });
@@ -130,30 +137,49 @@ const Job = struct {
         }
     }
 
+    /// Where rows go at tail precision: to a page that holds just that, or to working memory.
+    const Target = union(enum) { page: [*]u8, rows: [*]f32 };
+
     /// The run's rows at tail precision, as `half` wants them.
-    fn read(job: *const Job, comptime side: Side, half: Half, run: Run, rows: []f32) void {
+    fn read(job: *const Job, comptime side: Side, half: Half, run: Run, target: Target) void {
         const source = job.source;
-        const dim = half.dim_stored();
         const from_tail: usize = if (run.position >= source.first)
             0
         else
             @intCast(@min(run.count, source.first - run.position));
-        if (from_tail > 0) job.read_rows(tail_rows(side, source.tail, run, from_tail), half, rows);
+        if (from_tail > 0) {
+            job.read_rows(tail_rows(side, source.tail, run, from_tail), half, 0, target);
+        }
         if (from_tail == run.count) return;
         const input = if (side == .key) &source.keys else &source.values;
         const token = run.position + from_tail - source.first;
         const given = input.rows(token, run.head, run.count - from_tail);
-        job.read_rows(given, half, rows[from_tail * dim ..]);
+        job.read_rows(given, half, from_tail, target);
     }
 
-    fn read_rows(job: *const Job, from: rows_file.Rows, half: Half, target: []f32) void {
-        job.table.read(&.{
-            .rows = from,
-            .target = target.ptr,
-            .dim_stored = half.dim_stored(),
-            .tail_format = @backingInt(job.source.tail.key.format),
-            .rotated = half.rotated,
-        });
+    /// Rows from the run's token `first` on.
+    fn read_rows(
+        job: *const Job,
+        from: rows_file.Rows,
+        half: Half,
+        first: usize,
+        target: Target,
+    ) void {
+        const dim = half.dim_stored();
+        switch (target) {
+            .page => |at| job.table.store[@backingInt(half.format)].?(&.{
+                .rows = from,
+                .target = at + first * half.row_bytes(),
+                .dim_stored = dim,
+            }),
+            .rows => |rows| job.table.read(&.{
+                .rows = from,
+                .target = rows + first * dim,
+                .dim_stored = dim,
+                .tail_format = @backingInt(job.source.tail.key.format),
+                .rotated = half.rotated,
+            }),
+        }
     }
 
     /// Tokens that migrate. Pages of store and tail cover the same positions, so they lie in one

@@ -80,13 +80,26 @@ fn Integer(comptime code_bits: comptime_int) type {
         /// Chunks of four dimensions whose codes one load brings.
         pub const chunks_per_load = 8 / bits;
 
-        /// The f16 scales of 16 groups whose largest and smallest values are given.
-        pub inline fn scale(top: vec.F, bottom: vec.F) @Vector(16, f16) {
-            const minus = -bottom;
-            const exact = if (bits == 8)
-                vec.max(top, minus) / vec.splat(127)
+        /// Orders values by magnitude, as integers. Equal magnitudes of both signs: q4 takes the
+        /// positive one; to q8 signs are all the same.
+        pub inline fn rank(x: vec.F) vec.U {
+            const word: vec.U = @bitCast(x);
+            const magnitude = word << @splat(1);
+            if (bits == 8) return magnitude;
+            return (magnitude | word >> @splat(31)) ^ @as(vec.U, @splat(1));
+        }
+
+        /// The f16 scales of 16 groups whose highest ranks are given.
+        pub inline fn scale(highest: vec.U) @Vector(16, f16) {
+            const sign = if (bits == 8)
+                @as(vec.U, @splat(0))
             else
-                @select(f32, top >= minus, top, bottom) * vec.splat(-0.125);
+                (highest ^ @as(vec.U, @splat(1))) << @splat(31);
+            const largest: vec.F = @bitCast(highest >> @splat(1) | sign);
+            const exact = if (bits == 8)
+                largest / vec.splat(127)
+            else
+                largest * vec.splat(-0.125);
             // What would round to a zero of either sign is plain zero.
             const vanishes = @abs(exact) <= vec.splat(0x1p-25);
             return vec.to_f16(16, @select(f32, vanishes, vec.splat(0), exact));

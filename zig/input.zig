@@ -7,6 +7,7 @@ const format = @import("format.zig");
 const message = @import("message.zig");
 const rotate = @import("rotate.zig");
 const rows_file = @import("rows.zig");
+const threads = @import("threads.zig");
 const vec = @import("vec.zig");
 const Half = format.Half;
 
@@ -54,16 +55,49 @@ pub const Input = struct {
 
     /// Refuses what the cache could not give back: NaN, infinities, magnitudes above `limit`.
     pub fn validate(in: *const Input, tokens: u64, heads: usize, limit: f32) Refusal!void {
-        const table = dispatch.table();
-        for (0..@intCast(tokens)) |token| {
-            const row = in.rows_at(in.address(token, 0), in.head_stride, heads);
-            if (table.check(&.{ .rows = row, .limit = limit })) continue;
-            for (0..heads) |head| switch (in.dtype) {
-                inline else => |tag| try in.explain(tag, token, head, limit),
-            };
-            unreachable; // one of the rows was refused
-        }
+        const count: usize = @intCast(tokens);
+        const parts: usize = if (count * heads * in.dim < threads.parallel_values_min) 1 else parts_max;
+        var validation: Validation = .{
+            .input = in,
+            .heads = heads,
+            .limit = limit,
+            .tokens = count,
+            .part_tokens = (count + parts - 1) / parts,
+        };
+        threads.run(@intCast(parts), &validation, Validation.run_part);
+        const refused = validation.refused.load(.monotonic);
+        if (refused == none) return;
+        for (0..heads) |head| switch (in.dtype) {
+            inline else => |tag| try in.explain(tag, refused, head, limit),
+        };
+        unreachable; // one of the rows was refused
     }
+
+    const none = std.math.maxInt(usize);
+    const parts_max = 32;
+
+    /// Looks for the first token that is refused, some tokens at a time.
+    const Validation = struct {
+        input: *const Input,
+        heads: usize,
+        limit: f32,
+        tokens: usize,
+        part_tokens: usize,
+        refused: std.atomic.Value(usize) = .init(none),
+
+        fn run_part(context: *anyopaque, part: u32) void {
+            const self: *Validation = @ptrCast(@alignCast(context));
+            const in = self.input;
+            const table = dispatch.table();
+            const first = @min(part * self.part_tokens, self.tokens);
+            for (first..@min(first + self.part_tokens, self.tokens)) |token| {
+                const rows_of = in.rows_at(in.address(token, 0), in.head_stride, self.heads);
+                if (table.check(&.{ .rows = rows_of, .limit = self.limit })) continue;
+                _ = self.refused.fetchMin(token, .monotonic);
+                return;
+            }
+        }
+    };
 
     fn explain(
         in: *const Input,

@@ -17,7 +17,7 @@ pub const row_counts = [_]usize{ 1, 2, 3, 4 };
 pub const ScoreFn = *const fn (*const score.ScoreArgs) callconv(.c) void;
 pub const AccumulateFn = *const fn (*const accumulate.AccumulateArgs) callconv(.c) void;
 pub const PageFn = *const fn (*const encode.PageArgs) callconv(.c) void;
-pub const RowsFn = *const fn (*const encode.RowsArgs) callconv(.c) void;
+pub const StoreFn = *const fn (*const rows_file.StoreArgs) callconv(.c) void;
 
 pub const Table = extern struct {
     prepare: [format.count]*const fn (*const prepare.PrepareArgs) callconv(.c) void,
@@ -30,7 +30,7 @@ pub const Table = extern struct {
     encode_keys: [format.count]?PageFn,
     encode_values: [format.count]?PageFn,
     /// Floating-point formats only.
-    encode_rows: [format.count]?RowsFn,
+    store: [format.count]?StoreFn,
     rotate: *const fn ([*]f32, usize) callconv(.c) void,
     check: *const fn (*const rows_file.CheckArgs) callconv(.c) bool,
     read: *const fn (*const rows_file.ReadArgs) callconv(.c) void,
@@ -66,9 +66,9 @@ fn fill() Table {
         }
         t.encode_keys[f] = if (T.quantized) &page_encoder(T, .key).call else null;
         t.encode_values[f] = if (T.quantized) &page_encoder(T, .value).call else null;
-        t.encode_rows[f] = if (T.quantized) null else &struct {
-            fn call(args: *const encode.RowsArgs) callconv(.c) void {
-                encode.encode_rows(T, args);
+        t.store[f] = if (T.quantized) null else &struct {
+            fn call(args: *const rows_file.StoreArgs) callconv(.c) void {
+                rows_file.store(T, args);
             }
         }.call;
     }

@@ -4,6 +4,7 @@
 //! (outputs).
 const std = @import("std");
 const vec = @import("vec.zig");
+const F = vec.F;
 
 /// `row.len` is a multiple of 32. It is cut into blocks whose sizes are powers of two, largest
 /// first.
@@ -21,53 +22,124 @@ pub fn largest_block(len: usize) usize {
     return std.math.floorPowerOfTwo(usize, len);
 }
 
+/// Stages of distance 1, 2, 4, ... in this order; then the norm.
 fn rotate_block(x: []f32) void {
-    std.debug.assert(x.len >= 32);
-    // Pairs at distances 1, 2, 4 and 8 lie within a vector of 16 lanes.
-    var i: usize = 0;
-    while (i < x.len) : (i += vec.lanes) {
-        var v = vec.load(vec.F, x.ptr + i);
-        inline for (.{ 1, 2, 4, 8 }) |distance| v = butterfly_within(v, distance);
-        vec.store(x.ptr + i, v);
-    }
-    var distance: usize = vec.lanes;
-    while (distance < x.len) : (distance *= 2) {
-        var base: usize = 0;
-        while (base < x.len) : (base += 2 * distance) {
-            var k = base;
-            while (k < base + distance) : (k += vec.lanes) {
-                const a = vec.load(vec.F, x.ptr + k);
-                const b = vec.load(vec.F, x.ptr + k + distance);
-                vec.store(x.ptr + k, a + b);
-                vec.store(x.ptr + k + distance, a - b);
+    std.debug.assert(x.len >= pair_len);
+    switch (x.len) {
+        inline 32, 64, 128 => |n| rotate_registers(n, x[0..n]),
+        else => {
+            var i: usize = 0;
+            while (i < x.len) : (i += pair_len) {
+                const pair = rotate_pair(.{ vec.load(F, x.ptr + i), vec.load(F, x.ptr + i + 16) });
+                vec.store(x.ptr + i, pair[0]);
+                vec.store(x.ptr + i + 16, pair[1]);
             }
-        }
+            var distance: usize = pair_len;
+            while (distance < x.len) : (distance *= 2) butterfly_rows(x, distance);
+            const norm = norm_of(x.len);
+            i = 0;
+            while (i < x.len) : (i += vec.lanes) {
+                vec.store(x.ptr + i, vec.load(F, x.ptr + i) * vec.splat(norm));
+            }
+        },
     }
-    const norm: f32 = @floatCast(1.0 / @sqrt(@as(f64, @floatFromInt(x.len))));
-    i = 0;
-    while (i < x.len) : (i += vec.lanes) vec.store(
-        x.ptr + i,
-        vec.load(vec.F, x.ptr + i) * vec.splat(norm),
-    );
 }
 
-/// (a, b) at lanes i and i + distance become (a + b, a - b).
-inline fn butterfly_within(v: vec.F, comptime distance: usize) vec.F {
-    const masks = comptime blk: {
-        var first: [vec.lanes]i32 = undefined;
-        var second: [vec.lanes]i32 = undefined;
-        var sign: [vec.lanes]f32 = undefined;
-        for (0..vec.lanes) |lane| {
-            first[lane] = @intCast(lane & ~distance);
-            second[lane] = @intCast(lane | distance);
-            sign[lane] = if (lane & distance == 0) 1 else -1;
+fn norm_of(len: usize) f32 {
+    return @floatCast(1.0 / @sqrt(@as(f64, @floatFromInt(len))));
+}
+
+/// Blocks that fit the registers of the widest instruction sets.
+fn rotate_registers(comptime n: usize, x: *[n]f32) void {
+    @setEvalBranchQuota(10_000); // everything below is unrolled
+    const count = n / vec.lanes;
+    var v: [count]F = undefined;
+    inline for (0..count / 2) |i| {
+        const at = x[i * pair_len ..].ptr;
+        v[2 * i], v[2 * i + 1] = rotate_pair(.{ vec.load(F, at), vec.load(F, at + vec.lanes) });
+    }
+    comptime var distance = 2;
+    inline while (distance < count) : (distance *= 2) {
+        inline for (0..count) |i| if (i & distance == 0) {
+            const a, const b = .{ v[i], v[i + distance] };
+            v[i], v[i + distance] = .{ a + b, a - b };
+        };
+    }
+    inline for (v, 0..) |y, i| {
+        vec.store(x[i * vec.lanes ..].ptr, y * vec.splat(comptime norm_of(n)));
+    }
+}
+
+/// Values of two vectors.
+const pair_len = 2 * vec.lanes;
+
+/// The stages within 32 values. Each takes one half of the values against the other, sums to one
+/// vector, differences to the other. Halves are picked by shuffles that stay within quarters of a
+/// vector or move whole quarters, the cheap ones everywhere; the order is mended at the end.
+inline fn rotate_pair(pair: [2]F) [2]F {
+    var a, var b = pair;
+    inline for ([_]Pick{ .lanes, .lanes, .quarters, .quarters, .lanes }) |pick| {
+        const x = @shuffle(f32, a, b, pick.mask(0));
+        const y = @shuffle(f32, a, b, pick.mask(1));
+        a, b = .{ x + y, x - y };
+    }
+    // Bits 1, 2 and 3 of the lanes' indices are now bits 2, 3 and 1.
+    const order = comptime blk: {
+        var lanes: [vec.lanes]i32 = undefined;
+        for (&lanes, 0..) |*from, lane| {
+            from.* = (lane & 1) | (lane & 2) << 1 | (lane & 4) << 1 | (lane & 8) >> 2;
         }
-        break :blk .{ .first = first, .second = second, .sign = sign };
+        break :blk lanes;
     };
-    const a = @shuffle(f32, v, undefined, masks.first);
-    const b = @shuffle(f32, v, undefined, masks.second);
-    // a + b * (+-1) is a + b or a - b exactly.
-    return a + b * @as(vec.F, masks.sign);
+    return .{ @shuffle(f32, a, undefined, order), @shuffle(f32, b, undefined, order) };
+}
+
+const Pick = enum {
+    /// Every other lane of each quarter.
+    lanes,
+    /// Every other quarter.
+    quarters,
+
+    /// The even or odd ones of the first vector, then of the second.
+    fn mask(comptime pick: Pick, comptime odd: i32) [vec.lanes]i32 {
+        var result: [vec.lanes]i32 = undefined;
+        for (&result, 0..) |*from, i| {
+            const quarter, const lane = .{ i / 4, i % 4 };
+            const second = (if (pick == .lanes) lane else quarter) / 2 == 1;
+            const at: i32 = switch (pick) {
+                .lanes => @intCast(quarter * 4 + lane % 2 * 2),
+                .quarters => @intCast(quarter % 2 * 8 + lane),
+            };
+            const step: i32 = if (pick == .lanes) odd else 4 * odd;
+            from.* = if (second) ~(at + step) else at + step;
+        }
+        return result;
+    }
+};
+
+fn butterfly_rows(x: []f32, distance: usize) void {
+    var base: usize = 0;
+    while (base < x.len) : (base += 2 * distance) {
+        var k = base;
+        while (k < base + distance) : (k += vec.lanes) {
+            const a = vec.load(F, x.ptr + k);
+            const b = vec.load(F, x.ptr + k + distance);
+            vec.store(x.ptr + k, a + b);
+            vec.store(x.ptr + k + distance, a - b);
+        }
+    }
+}
+
+test "a block of 32 is the transform by its definition" {
+    for (0..32) |column| {
+        var x: [32]f32 = @splat(0);
+        x[column] = 1;
+        rotate(&x);
+        for (x, 0..) |got, row| {
+            const sign: f32 = if (@popCount(row & column) % 2 == 0) 1 else -1;
+            try std.testing.expectEqual(sign * norm_of(32), got);
+        }
+    }
 }
 
 test "rotation is its own inverse and keeps the norm" {

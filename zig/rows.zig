@@ -2,6 +2,7 @@
 //! the tail holds: checked, rounded, padded, and rotated for tiers that want it. Called by
 //! input.zig and fill.zig through the kernel table.
 const std = @import("std");
+const builtin = @import("builtin");
 const abi = @import("abi.zig");
 const rotate = @import("rotate.zig");
 const vec = @import("vec.zig");
@@ -17,6 +18,15 @@ pub const Rows = extern struct {
     fn row(rows: *const Rows, i: usize) [*]const u8 {
         const distance = @as(isize, @intCast(i)) *% rows.stride_bytes;
         return @ptrFromInt(rows.first +% @as(usize, @bitCast(distance)));
+    }
+
+    inline fn fetch(rows: *const Rows, i: usize, element_bytes: usize) void {
+        if (builtin.cpu.arch.isWasm() or i >= rows.count) return;
+        const source = rows.row(i);
+        var at: usize = 0;
+        while (at < rows.dim * element_bytes) : (at += std.atomic.cache_line) {
+            @prefetch(source + at, .{ .cache = .data });
+        }
     }
 };
 
@@ -92,6 +102,7 @@ fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const 
     const size = @sizeOf(Element(dtype));
     const dim = args.rows.dim;
     for (0..args.rows.count) |r| {
+        args.rows.fetch(r + rows_ahead, size);
         const source = args.rows.row(r);
         const target = args.target[r * args.dim_stored ..][0..args.dim_stored];
         var i: usize = 0;
@@ -104,6 +115,42 @@ fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const 
         }
         @memset(target[dim..], 0);
         if (args.rotated) rotate.rotate(target);
+    }
+}
+
+/// Rows lie far apart, where the processor does not look ahead by itself.
+const rows_ahead = 6;
+
+pub const StoreArgs = extern struct {
+    rows: Rows,
+    /// (row, dim_stored) in the format of the tail
+    target: [*]u8,
+    dim_stored: usize,
+};
+
+/// Rows as a floating-point half holds them: rounded, padded with zeros.
+pub fn store(comptime T: type, args: *const StoreArgs) void {
+    switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
+        inline else => |dtype| store_rows(T, dtype, args),
+    }
+}
+
+fn store_rows(comptime T: type, comptime dtype: abi.Dtype, args: *const StoreArgs) void {
+    const size = @sizeOf(Element(dtype));
+    const stored_size = @sizeOf(T.Element);
+    const dim = args.rows.dim;
+    for (0..args.rows.count) |r| {
+        args.rows.fetch(r + rows_ahead, size);
+        const source = args.rows.row(r);
+        const target = args.target + r * args.dim_stored * stored_size;
+        var i: usize = 0;
+        while (i + vec.lanes <= dim) : (i += vec.lanes) {
+            T.store(target + i * stored_size, convert(dtype, vec.lanes, source + i * size));
+        }
+        if (i == args.dim_stored) continue;
+        var rest: [vec.lanes]f32 = @splat(0);
+        for (i..dim) |k| rest[k - i] = convert(dtype, 1, source + k * size)[0];
+        T.store(target + i * stored_size, rest);
     }
 }
 

@@ -21,6 +21,9 @@ pub const enabled = sync.enabled;
 /// Caller included.
 pub const count_max = 256;
 
+/// Below this many values to read or write, waking other threads costs more than it gains.
+pub const parallel_values_min = 1 << 18;
+
 pub const Task = *const fn (context: *anyopaque, task: u32) void;
 
 /// Runs `task_function(context, 0 .. tasks - 1)`, each exactly once, in no particular order and on

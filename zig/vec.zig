@@ -147,8 +147,8 @@ pub inline fn round_to_int(x: F) I {
 pub const Reduction = enum { add, max };
 
 inline fn combine(comptime op: Reduction, a: anytype, b: @TypeOf(a)) @TypeOf(a) {
-    if (op == .max) return max(a, b);
-    return if (@typeInfo(@TypeOf(a)).vector.child == f32) a + b else a +% b;
+    if (@typeInfo(@TypeOf(a)).vector.child == f32) return if (op == .max) max(a, b) else a + b;
+    return if (op == .max) @max(a, b) else a +% b;
 }
 
 inline fn halve(comptime op: Reduction, v: anytype) @Vector(
