@@ -81,7 +81,8 @@ const weight_one: f32 = 32767;
 /// Below every weight and scale but zero: keeps zeros from being divided by zero.
 const tiny: f32 = 1e-30;
 
-/// Bits of the low one of two planes. Codes that fill a byte allow only 7 without saturation.
+/// Bits of the low one of two planes. Beside codes that fill a byte, 7 are the most that no
+/// instruction set saturates at.
 fn low_bits(comptime T: type) comptime_int {
     return if (T.bits == 8) 7 else 8;
 }
@@ -89,7 +90,7 @@ fn low_bits(comptime T: type) comptime_int {
 /// What the largest scale of a group becomes: products of weights and scales are integers up to
 /// this.
 fn scale_one(comptime T: type) comptime_int {
-    return if (T.bits == 8) 8191 else 127 << 8;
+    return if (T.bits == 8) 127 << 7 | 127 else 127 << 8;
 }
 
 /// What one of those integers is worth, where the largest weight and scale are one.
@@ -234,19 +235,28 @@ inline fn quantize_weights(
     inline for (0..rows) |r| {
         const a = vec.multiply_q15(slots[r][0], scale[0]);
         const b = vec.multiply_q15(slots[r][1], scale[1]);
+        const high = &weights.planes[0][r];
         const low = &weights.planes[planes - 1][r];
-        if (one_plane(T, planes, minor[r])) {
+        if (T.bits == 8) {
+            // Neither weights nor scales are negative, so both planes are in [0, 127].
+            const mask: vec.Halves = @splat(127);
+            vec.store(high, vec.low_bytes(a >> @splat(7), b >> @splat(7)));
+            vec.store(low, vec.low_bytes(a & mask, b & mask));
+        } else if (one_plane(T, planes, minor[r])) {
             const words = vec.high_bytes(a +% dither[0], b +% dither[1]);
-            if (planes == 2) vec.store(&weights.planes[0][r], @as(U, @splat(0)));
+            if (planes == 2) vec.store(high, @as(U, @splat(0)));
             vec.store(low, words);
             sums[r] = vec.sum_bytes(words);
-        } else if (planes == 2) { // always true here
-            sums[r] = split_planes(T, a, b, &weights.planes[0][r], low);
+        } else {
+            const half: vec.Halves = @splat(128);
+            vec.store(high, vec.high_bytes(a +% half, b +% half));
+            vec.store(low, vec.low_bytes(a, b));
+            sums[r] = vec.sum_halves(a) +% vec.sum_halves(b);
         }
     }
-    const bias = if (T.bits == 8) vec.code_bias else T.offset;
+    if (T.offset == 0) return;
     const totals = vec.fold_each(.add, I, rows, &sums);
-    weights.biases = totals *% @as(@Vector(rows, i32), @splat(bias));
+    weights.biases = totals *% @as(@Vector(rows, i32), @splat(T.offset));
 }
 
 /// What is added before the low eight bits are dropped: instead of one half for all, every slot has
@@ -259,28 +269,6 @@ const dither: Slots = blk: {
     }
     break :blk .{ result[0], result[1] };
 };
-
-/// Two planes: integer = high * 2^low_bits + low, both signed; returns the sums of the integers.
-inline fn split_planes(
-    comptime T: type,
-    a: vec.Halves,
-    b: vec.Halves,
-    high: *[format.block_slots]i32,
-    low: *[format.block_slots]i32,
-) I {
-    const half: vec.Halves = @splat(1 << (low_bits(T) - 1));
-    const x, const y = .{ a +% half, b +% half };
-    if (T.bits == 8) {
-        const mask: vec.Halves = @splat(127);
-        const codes: vec.Codes = @bitCast(vec.low_bytes(x & mask, y & mask));
-        vec.store(high, vec.low_bytes(x >> @splat(7), y >> @splat(7)));
-        vec.store(low, codes -% @as(vec.Codes, @splat(64)));
-    } else {
-        vec.store(high, vec.high_bytes(x, y));
-        vec.store(low, vec.low_bytes(a, b));
-    }
-    return vec.sum_halves(a) +% vec.sum_halves(b);
-}
 
 inline fn accumulate_group(
     comptime T: type,
@@ -299,14 +287,14 @@ inline fn accumulate_group(
         const at = (g * loads + l) * format.group * 4;
         spread.turn();
         var codes: [halves]vec.Codes = undefined;
-        inline for (0..halves) |h| codes[h] = score.load_codes(T, args.values + at + h * 64);
+        inline for (0..halves) |h| codes[h] = vec.load(vec.Codes, args.values + at + h * 64);
         inline for (0..T.chunks_per_load) |which| {
             const quad = l * T.chunks_per_load + which;
             inline for (0..rows) |r| inline for (0..planes) |p| {
                 const word = weights.planes[p][r][quad];
-                inline for (0..halves) |h| {
-                    sums[p][r][h].dot(score.select_nibbles(T, codes[h], which), word);
-                }
+                inline for (0..halves) |h| if (T.bits == 8) {
+                    sums[p][r][h].dot_signed(codes[h], word);
+                } else sums[p][r][h].dot(score.select_nibbles(T, codes[h], which), word);
             };
         }
     }
@@ -316,7 +304,7 @@ inline fn accumulate_group(
     inline for (0..rows) |r| inline for (0..halves) |h| {
         var sum = sums[0][r][h].get();
         if (planes == 2) sum = (sum << @splat(low_bits(T))) +% sums[1][r][h].get();
-        sum -%= @as(I, @splat(weights.biases[r]));
+        if (T.offset != 0) sum -%= @as(I, @splat(weights.biases[r]));
         const at = outputs + r * stride + h * vec.lanes;
         const before = vec.load(F, at) * vec.splat(corrections[r]);
         vec.store(at, before + @as(F, @floatFromInt(sum)) * vec.splat(weights.units[r]));

@@ -396,6 +396,11 @@ pub const Work = struct {
         return .{ .start = @max(unit.start, first.start), .end = @min(unit.end, last.end) };
     }
 
+    /// How far ahead of a unit this thread goes on reading.
+    fn ahead_end(work: *const Work, unit: Unit) u64 {
+        return if (work.job.split) unit.end else work.job.cache.tiers[unit.tier].end;
+    }
+
     fn run_unit(work: *Work, unit: Unit, state: State) void {
         const tier = &work.job.cache.tiers[unit.tier];
         const mine = state.first_rows(work.rows);
@@ -403,7 +408,7 @@ pub const Work = struct {
         const range = work.seen(unit);
         var position = range.start;
         while (position < range.end) {
-            const window: Window = .init(tier, position, range.end, work.head);
+            const window: Window = .init(tier, position, range.end, work.ahead_end(unit), work.head);
             var row: usize = 0;
             while (row < work.rows) {
                 const count = @min(score.rows_max, work.rows - row);
@@ -429,7 +434,7 @@ pub const Work = struct {
                 const range = work.seen(unit);
                 var position = range.start;
                 while (position < range.end) {
-                    const window: Window = .init(tier, position, range.end, work.head);
+                    const window: Window = .init(tier, position, range.end, work.ahead_end(unit), work.head);
                     var row: usize = 0;
                     while (row < work.rows) {
                         const rows = @min(score.rows_max, work.rows - row);

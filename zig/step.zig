@@ -13,6 +13,9 @@ const Unit = attend.Unit;
 const Work = attend.Work;
 
 const line_bytes = 64;
+/// What is fetched lies a page ahead, or two if pages are smaller than this: memory that all
+/// threads read at once takes longer to answer than a small page to compute.
+const bytes_ahead_min = 16 << 10;
 /// Nanoseconds of a kernel on a page of four rows by 128 dimensions, in the order of `format.all`:
 /// how the lines to fetch are shared out. Only ratios matter, and only for speed.
 const score_cost = [format.count]usize{ 1100, 1100, 1100, 370, 215 };
@@ -30,7 +33,14 @@ pub const Window = struct {
     /// Position after the last slot in use.
     end: u64,
 
-    pub fn init(tier: *const Tier, position: u64, end: u64, head: usize) Window {
+    /// The window at `position`, cut at `end`. What lies before `ahead_end` is worth fetching.
+    pub fn init(
+        tier: *const Tier,
+        position: u64,
+        end: u64,
+        ahead_end: u64,
+        head: usize,
+    ) Window {
         const at = locate(tier, position, head);
         const number = position / tier.tokens_per_page;
         const page_end = (number + 1) * tier.tokens_per_page;
@@ -43,7 +53,9 @@ pub const Window = struct {
             .base = at.base,
             .end = window_end,
         };
-        if (window_end < end) window.look_ahead(tier, locate(tier, window_end, head));
+        const windows: u64 = if (tier.page_bytes() < bytes_ahead_min) 2 else 1;
+        const next = at.base + windows * @min(format.page_tokens, tier.tokens_per_page);
+        if (next < ahead_end) window.look_ahead(tier, locate(tier, next, head));
         return window;
     }
 

@@ -393,9 +393,10 @@ const wasm = struct {
     extern fn @"llvm.wasm.q15mulr.sat.signed"(@Vector(8, i16), @Vector(8, i16)) @Vector(8, i16);
 };
 
-/// 16 int32 sums; each `dot` adds four products to every lane. Exact integers, so the same on every
-/// ISA, as long as signed codes come with query bytes in [-64, 64] (pmaddubsw saturates beyond);
-/// nibbles may come with any.
+/// 16 int32 sums; each dot product adds four products to every lane. Exact integers, so the same on
+/// every ISA, within the bounds beyond which pmaddubsw saturates: `dot` takes codes as
+/// `load_signed_codes` gives them with words of bytes in [-64, 64], or nibbles with any;
+/// `dot_signed` takes signed codes above -128 as they are, and words of bytes in [0, 127].
 pub const Accumulator = switch (method) {
     .vnni512, .maddubs512, .portable => struct {
         sum: I,
@@ -417,7 +418,25 @@ pub const Accumulator = switch (method) {
                     );
                     a.sum +%= x86.@"llvm.x86.avx512.pmaddw.d.512"(pairs, @splat(1));
                 },
-                else => a.sum +%= dot_portable(codes, word),
+                else => a.sum +%= dot_portable(codes, code_bias == 0, word),
+            }
+        }
+        pub inline fn dot_signed(a: *@This(), codes: Codes, word: i32) void {
+            const words: I = @splat(word);
+            switch (method) {
+                .vnni512 => a.sum = x86.@"llvm.x86.avx512.vpdpbusd.512"(
+                    a.sum,
+                    words,
+                    @bitCast(codes),
+                ),
+                .maddubs512 => {
+                    const pairs = x86.@"llvm.x86.avx512.pmaddubs.w.512"(
+                        @bitCast(words),
+                        @bitCast(codes),
+                    );
+                    a.sum +%= x86.@"llvm.x86.avx512.pmaddw.d.512"(pairs, @splat(1));
+                },
+                else => a.sum +%= dot_portable(codes, true, word),
             }
         }
         pub inline fn get(a: @This()) I {
@@ -435,6 +454,15 @@ pub const Accumulator = switch (method) {
                 const pairs = x86.@"llvm.x86.avx2.pmadd.ub.sw"(
                     part(32, codes, k),
                     @bitCast(@as(@Vector(8, i32), @splat(word))),
+                );
+                a.sum[k] +%= x86.@"llvm.x86.avx2.pmadd.wd"(pairs, @splat(1));
+            }
+        }
+        pub inline fn dot_signed(a: *@This(), codes: Codes, word: i32) void {
+            inline for (0..2) |k| {
+                const pairs = x86.@"llvm.x86.avx2.pmadd.ub.sw"(
+                    @bitCast(@as(@Vector(8, i32), @splat(word))),
+                    @bitCast(part(32, codes, k)),
                 );
                 a.sum[k] +%= x86.@"llvm.x86.avx2.pmadd.wd"(pairs, @splat(1));
             }
@@ -465,6 +493,15 @@ pub const Accumulator = switch (method) {
                 }
             }
         }
+        pub inline fn dot_signed(a: *@This(), codes: Codes, word: i32) void {
+            if (method == .sdot) return a.dot(codes, word);
+            const words: @Vector(16, u8) = @bitCast(@as(@Vector(4, i32), @splat(word)));
+            inline for (0..4) |k| {
+                const quarter: @Vector(16, i8) = @bitCast(part(16, codes, k));
+                const pairs = x86.@"llvm.x86.ssse3.pmadd.ub.sw.128"(words, quarter);
+                a.sum[k] +%= x86.@"llvm.x86.sse2.pmadd.wd"(pairs, @splat(1));
+            }
+        }
         pub inline fn get(a: @This()) I {
             return std.simd.join(
                 std.simd.join(a.sum[0], a.sum[1]),
@@ -491,6 +528,7 @@ pub const Accumulator = switch (method) {
                     );
             }
         }
+        pub const dot_signed = dot;
         pub inline fn get(a: @This()) I {
             var quarters: [4]@Vector(4, i32) = undefined;
             inline for (0..4) |k| {
@@ -513,16 +551,13 @@ inline fn part(comptime n: usize, codes: Codes, comptime k: usize) @Vector(n, u8
 }
 
 /// The definition of `dot`, for targets without any of the instructions above.
-fn dot_portable(codes: Codes, word: i32) I {
+fn dot_portable(codes: Codes, comptime signed: bool, word: i32) I {
     var sum: I = @splat(0);
     inline for (0..4) |k| {
         const shift: @Vector(16, u5) = @splat(24 - 8 * k);
         const top: @Vector(16, u5) = @splat(24);
         const wide = @as(U, @bitCast(codes)) << shift;
-        const code: I = if (code_bias != 0) @bitCast(wide >> top) else @as(
-            I,
-            @bitCast(wide),
-        ) >> top;
+        const code: I = if (signed) @as(I, @bitCast(wide)) >> top else @bitCast(wide >> top);
         const factor = (@as(I, @splat(word)) << shift) >> top;
         sum +%= code *% factor;
     }
@@ -556,8 +591,15 @@ test "dot equals its definition" {
         for (&word) |*w| w.* = prng.random().intRangeAtMost(i8, -64, 64);
         var accumulator = Accumulator.init(5);
         accumulator.dot(bytes, @bitCast(word));
-        const expected = dot_portable(bytes, @bitCast(word)) + @as(I, @splat(5));
+        const expected = dot_portable(bytes, code_bias == 0, @bitCast(word)) + @as(I, @splat(5));
         try std.testing.expect(@reduce(.And, accumulator.get() == expected));
+
+        for (&bytes) |*code| code.* = @bitCast(prng.random().intRangeAtMost(i8, -127, 127));
+        for (&word) |*w| w.* = prng.random().intRangeAtMost(i8, 0, 127);
+        var signed = Accumulator.init(5);
+        signed.dot_signed(bytes, @bitCast(word));
+        const right = dot_portable(bytes, true, @bitCast(word)) + @as(I, @splat(5));
+        try std.testing.expect(@reduce(.And, signed.get() == right));
     }
 }
 
