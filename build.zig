@@ -1,5 +1,6 @@
 //! zig build                 the shared library for -Dtarget and kvz.wasm, into PREFIX/kvz/
-//! zig build test            unit tests (-Dtest-filter=NAME; -fqemu runs those of another CPU)
+//! zig build test            unit tests (-Dtest-filter=NAME; -fqemu and -fwine run foreign ones)
+//! zig build agent           what tests/foreign.py runs a foreign library with, into PREFIX/bin/
 //!
 //! Kernels are compiled once per ISA level and linked into one library; dispatch.zig picks at load.
 const std = @import("std");
@@ -22,7 +23,7 @@ const x86_levels = [_]Level{
     .{ .name = "x86_64_v2", .cpu = .{ .explicit = &std.Target.x86.cpu.x86_64_v2 } },
 };
 // LLVM cannot compile the AVX-512 kernels for Windows ("Cannot emit physreg copy instruction").
-const windows_x86_levels = x86_levels[1..];
+const windows_x86_levels = x86_levels[0..];
 const arm_levels = [_]Level{
     .{
         .name = "neon_dotprod",
@@ -82,6 +83,17 @@ pub fn build(b: *std.Build) void {
         options(b, levels_of(target.result)[levels_of(target.result).len - 1 ..]),
     );
     test_step.dependOn(&b.addRunArtifact(tests).step);
+
+    const agent_step = b.step("agent", "Build the program that calls a foreign library");
+    agent_step.dependOn(&b.addInstallArtifact(agent(b, target), .{ .pdb_dir = .disabled }).step);
+}
+
+fn agent(b: *std.Build, target: std.Build.ResolvedTarget) *std.Build.Step.Compile {
+    const declared = module(b, "zig/abi.zig", target, .fast, true);
+    declared.addOptions("options", options(b, levels_of(target.result)));
+    const root = module(b, "tests/agent.zig", target, .fast, true);
+    root.addImport("abi", declared);
+    return b.addExecutable(.{ .name = "agent", .root_module = root, .use_llvm = true });
 }
 
 fn shared_library(

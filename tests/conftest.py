@@ -7,7 +7,10 @@ import os
 
 import pytest
 
+import foreign
 import profiles  # noqa: F401 -- registers and loads the profile
+
+foreign.stand_in()
 
 CORES = [os.environ["KVZ_CORE"]] if os.environ.get("KVZ_CORE") else ["native", "wasm"]
 
