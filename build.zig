@@ -22,8 +22,6 @@ const x86_levels = [_]Level{
     .{ .name = "x86_64_v3", .cpu = .{ .explicit = &std.Target.x86.cpu.x86_64_v3 } },
     .{ .name = "x86_64_v2", .cpu = .{ .explicit = &std.Target.x86.cpu.x86_64_v2 } },
 };
-// LLVM cannot compile the AVX-512 kernels for Windows ("Cannot emit physreg copy instruction").
-const windows_x86_levels = x86_levels[0..];
 const arm_levels = [_]Level{
     .{
         .name = "neon_dotprod",
@@ -40,7 +38,7 @@ const wasm_levels = [_]Level{.{ .name = "wasm_simd128", .cpu = .baseline }};
 
 fn levels_of(target: std.Target) []const Level {
     return switch (target.cpu.arch) {
-        .x86_64 => if (target.os.tag == .windows) windows_x86_levels else &x86_levels,
+        .x86_64 => &x86_levels,
         .aarch64 => if (target.os.tag == .macos) &apple_levels else &arm_levels,
         .wasm32 => &wasm_levels,
         else => @panic("kvz has kernels for x86_64, aarch64 and wasm32"),

@@ -5,9 +5,11 @@ Arguments after `--` go to the tool: `nox -s tests-3.12 -- -k trim`.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -24,6 +26,10 @@ TARGETS = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["cust
 BUILD_TOOLS = ["build", *PYPROJECT["build-system"]["requires"]]
 # Zig's cache knows sources by content, so that the copies unpacked from an sdist find it filled.
 ZIG_CACHE = {"ZIG_LOCAL_CACHE_DIR": str(ROOT / ".zig-cache")}
+
+# An aarch64 CPU for each kernel, and one with everything; what qemu-user needs to run our library.
+ARM_CPUS = ("cortex-a72", "neoverse-n1", "max")
+ARM_SYSROOT = Path("/usr/aarch64-linux-gnu")
 
 # pyenv puts a stand-in for each Python on PATH, of which one works: put the real ones before them.
 for version in PYTHONS:
@@ -81,6 +87,84 @@ def wasm(session: nox.Session) -> None:
     """Test the installed wheel with WebAssembly as the default core."""
     install_wheel(session, *group("test"))
     session.run("python", "-m", "pytest", *session.posargs, env={"KVZ_CORE": "wasm"})
+
+
+@nox.session(default=False, requires=["build"])
+def arm(session: nox.Session) -> None:
+    """Test the aarch64 library under qemu-user: unit tests, goldens, the bits of this machine."""
+    need(session, shutil.which("qemu-aarch64"), "qemu-aarch64", "qemu-user")
+    need(session, (ARM_SYSROOT / "lib").is_dir(), f"{ARM_SYSROOT}/lib", "libc6-arm64-cross")
+    install_wheel(session, *group("test"), *group("zig"))
+    for cpu in ("baseline", "baseline+dotprod"):
+        target = ["-Dtarget=aarch64-linux-musl", f"-Dcpu={cpu}", "-Doptimize=safe", "-fqemu"]
+        session.run("python", "-m", "ziglang", "build", "test", "--summary", "all", *target)
+    built = build_agent(session, "aarch64-linux")
+    for cpu in ARM_CPUS:
+        qemu = f"qemu-aarch64 -L {ARM_SYSROOT} -cpu {cpu}"
+        same_bits(session, cpu, f"{qemu} {built}/bin/agent {built}/kvz/libkvz.so")
+
+
+@nox.session(default=False, requires=["build"])
+def windows(session: nox.Session) -> None:
+    """Test the Windows library under Wine: unit tests, goldens, the bits of this machine."""
+    wine = shutil.which("wine64") or shutil.which("wine")
+    need(session, wine, "wine", "wine64")
+    install_wheel(session, *group("test"), *group("zig"))
+    built = build_agent(session, "x86_64-windows")
+    # The agent finds kvz.dll by WINEPATH.
+    there = {"WINEPREFIX": os.path.abspath(session.create_tmp()), "WINEPATH": str(built / "kvz")}
+    session.env.update({"WINEDEBUG": "-all", **there})
+    target = ["-Dtarget=x86_64-windows-gnu", "-Doptimize=safe", "-fwine"]
+    session.run("python", "-m", "ziglang", "build", "test", "--summary", "all", *target)
+    same_bits(session, "Windows", f"{wine} {built}/bin/agent.exe")
+
+
+@nox.session(default=False, requires=["build"])
+def estimate(session: nox.Session) -> None:
+    """Estimate the speed on aarch64 with llvm-mca, and how far such an estimate is off here."""
+    need(session, shutil.which("qemu-aarch64"), "qemu-aarch64", "qemu-user")
+    need(session, (ARM_SYSROOT / "lib").is_dir(), f"{ARM_SYSROOT}/lib", "libc6-arm64-cross")
+    install_wheel(session, *group("zig"))
+    for name, options in (("aarch64", []), ("x86_64", ["--measure"])):
+        build_agent(session, f"{name}-linux")
+        command = ["python", "-m", "tools.mca", name, *options, *session.posargs]
+        session.run(*command, env={"PYTHONPATH": "tests"})
+
+
+def need(session: nox.Session, there: object, what: str, package: str) -> None:
+    """Skip the session, and say what to install, unless it is `there`."""
+    if not there:
+        session.skip(f"{what} is not installed; on Debian: apt-get install {package}")
+
+
+def build_agent(session: nox.Session, name: str) -> Path:
+    """Build a target's library, and the program that runs it for tests/foreign.py."""
+    prefix = ROOT / "build" / name
+    command = ["python", "-m", "ziglang", "build", "install", "agent", "--prefix", str(prefix)]
+    target = [f"-Dtarget={TARGETS[name]['zig']}", "-Dcpu=baseline", "-Doptimize=fast"]
+    session.run(*command, *target)
+    return prefix
+
+
+def same_bits(session: nox.Session, where: str, agent: str) -> None:
+    """Compare all kernels of a foreign library with this machine's; then the goldens."""
+    here = workload(session, {})
+    foreign = {"KVZ_AGENT": agent}
+    first = workload(session, foreign)
+    for isa in first["isas"]:
+        env = {**foreign, "KVZ_ISA": isa}
+        there = first if isa == first["isa"] else workload(session, env)
+        if (there["isa"], there["hashes"]) != (isa, here["hashes"]):
+            session.error(f"{where}, {isa}: other bits than {here['isa']}")
+        session.log(f"{where}, {isa}: {len(here['hashes'])} caches, same bits as {here['isa']}")
+    files = session.posargs or ["tests/test_golden.py"]
+    session.run("python", "-m", "pytest", "-k", "not wasm", *files, env=foreign)
+
+
+def workload(session: nox.Session, env: dict[str, str]) -> dict[str, Any]:
+    """Run the fixed work of tests/workload.py; return the kernels that did it, and its hashes."""
+    found = session.run("python", "tests/workload.py", env=env, silent=True)
+    return dict(json.loads(str(found).splitlines()[-1]))
 
 
 @nox.session(reuse_venv=True, default=False)

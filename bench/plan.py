@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from workload import Job
 
-CASES = ("decode", "prefill", "append", "overhead", "scaling")
+CASES = ("decode", "prefill", "append", "overhead", "scaling", "shapes", "wasm")
 SMALL = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # the shape of a small model
+RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)  # of query heads to kv heads
+HEAD_DIMS = (64, 80, 96, 128, 256)
 STREAM_CALLS = 4096
 
 
@@ -22,6 +24,8 @@ class Size:
     new: int = 512
     append: int = 4096
     scaling: int = 16384
+    shapes: int = 4096
+    wasm: int = 4096
     cold_bytes: int = 256 << 20
     prefill_bytes: int = 16 << 20
     seconds: float = 1.0
@@ -36,6 +40,8 @@ QUICK = Size(
     new=64,
     append=1024,
     scaling=1024,
+    shapes=512,
+    wasm=512,
     cold_bytes=32 << 20,
     prefill_bytes=0,
     seconds=0.05,
@@ -70,5 +76,11 @@ def _jobs(cases: Sequence[str], kv: str, threads: int, size: Size) -> Iterator[J
         yield job("append", size.append, new=1)
         yield job("append", size.append, new=size.new)
         yield job("stream", STREAM_CALLS + 1, new=1, cold_bytes=0)  # one is the check's
+    if "shapes" in cases:
+        ratios = [(ratio, 128) for ratio in RATIOS] + [(4, dim) for dim in HEAD_DIMS]
+        for ratio, dim in ratios:
+            yield job("shapes", size.shapes, heads=8 * ratio, head_dim=dim)
+    if "wasm" in cases and threads == 1:
+        yield job("wasm", size.wasm)
     if "overhead" in cases:
         yield job("overhead", 8, cold_bytes=0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from contestants import width
+from contestants import VARIANTS, width
 from limits import limit
 
 Run = dict[str, Any]
@@ -26,7 +26,9 @@ processes used more than 0.15 cores meanwhile. Every answer was compared with fl
 error against what is stored. Except for `overhead`, the step goes round over so many caches that
 none is found in the CPU's own caches. `of read`: stored bytes over time, as a share of the measured
 read bandwidth. `ratio`: the time of the fastest other library of the same width over the row's own
-time, so that more than 1 is faster. onnxruntime and openvino append the step's tokens, too.
+time, so that more than 1 is faster; for WebAssembly, the time of the native kernels for 128-bit
+vectors over its own. `of a copy`: the time over that of copying the float32 input to memory that is
+in no cache, on one thread. onnxruntime and openvino append the step's tokens, too.
 """
 
 TITLES = {
@@ -35,6 +37,7 @@ TITLES = {
     "append": "Append: {new} tokens at a time",
     "stream": "Append: single tokens, each one timed",
     "overhead": "Overhead: one query, {past} tokens in one cache",
+    "wasm": "WebAssembly: one query, {past} tokens",
 }
 
 
@@ -53,11 +56,15 @@ def write(run: Run, folder: Path) -> None:
 
 def markdown(run: Run) -> str:
     parts = [heading(run), HOW] if run["size"] != "quick" else [heading(run)]
-    keys = dict.fromkeys(tuple(one["job"][name] for name in KEY) for one in run["results"])
+    listed = [one for one in run["results"] if one["job"]["case"] in TITLES]
+    keys = dict.fromkeys(tuple(one["job"][name] for name in KEY) for one in listed)
     order = list(TITLES)
     for key in sorted(keys, key=lambda k: (order.index(k[0]), -k[1], *k[4:])):
         mine = [x for x in run["results"] if tuple(x["job"][name] for name in KEY) == key]
         parts.append(section(run, mine))
+    shapes = [one for one in run["results"] if one["job"]["case"] == "shapes"]
+    if shapes:
+        parts.append(shape_table(shapes))
     parts += [f"- {name}: skipped: {why}" for name, why in run["skipped"].items()]
     for one in run["failed"]:
         job = one["job"]
@@ -108,6 +115,38 @@ def section(run: Run, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shape_table(results: Sequence[Result]) -> str:
+    """Show the time per byte and per multiplication, as multiples of that of the usual shape.
+
+    Few query heads for a kv head are bound by bytes, many by multiplications: a shape without a
+    kernel of its own would stand out in both.
+    """
+    columns = list(dict.fromkeys((x["job"]["kv"], x["job"]["threads"]) for x in results))
+    named = [f"{kv}, {count} thread{'s' * (count > 1)}" for kv, count in columns]
+    lines = ["## Shapes: time per byte / per multiplication, relative to 4 heads of 128", ""]
+    lines += [row(["query heads a kv head", "head_dim", *named])]
+    lines += [row(["---"] * (2 + len(columns)))]
+    found = {(*shape_of(x["job"]), x["job"]["kv"], x["job"]["threads"]): x for x in results}
+    for shape in sorted(dict.fromkeys(shape_of(x["job"]) for x in results)):
+        cells = [str(shape[1]), str(shape[0])]
+        for column in columns:
+            one, usual = found.get((*shape, *column)), found.get((128, 4, *column))
+            cells.append(relative(one, usual) if one and usual else "")
+        lines.append(row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def shape_of(job: dict[str, Any]) -> tuple[int, int]:
+    return job["head_dim"], job["heads"] // job["kv_heads"]
+
+
+def relative(one: Result, usual: Result) -> str:
+    time = one["median"] / usual["median"]
+    per_byte = time * usual["bytes"] / one["bytes"]
+    per_multiplication = time * flops(usual["job"]) / flops(one["job"])
+    return f"{per_byte:.2f} / {per_multiplication:.2f}"
+
+
 def order(key: tuple[str, str], found: dict[int, Result], threads: int) -> tuple[float, float]:
     return -width(key[1]), found[threads]["median"] if threads in found else 0.0
 
@@ -116,9 +155,10 @@ def columns(case: str) -> list[str]:
     return {
         "decode": ["us", "GB/s", "of read"],
         "prefill": ["us", "GFLOP/s", "of f32 peak"],
-        "append": ["us", "tokens/s"],
+        "append": ["us", "tokens/s", "of a copy"],
         "stream": ["median us", "99 %", "max"],
         "overhead": ["us"],
+        "wasm": ["us"],
     }[case]
 
 
@@ -144,6 +184,7 @@ def measured(run: Run, one: Result | None, results: Sequence[Result]) -> Iterato
         yield from share(rate, limit(run["limits"], "f32_multiply_add", job["threads"]))
     elif case == "append":
         yield f"{job['new'] / time:,.0f}"
+        yield f"{time / one['copy']:.2f}"
     best = fastest_peer(one, results)
     yield f"{best / time:.2f}" if best else ""
 
@@ -161,7 +202,9 @@ def flops(job: dict[str, Any]) -> int:
 def fastest_peer(one: Result, results: Sequence[Result]) -> float | None:
     """Return the least time of another library at the same width and number of threads."""
     wanted = width(one["job"]["kv"]), one["job"]["threads"]
-    peers = (x for x in results if x["name"] != "kvz")
+    variant = one["name"] in VARIANTS
+    own = one["name"] if variant else "kvz"
+    peers = (x for x in results if x["name"] != own)
     same = (x["median"] for x in peers if (width(x["job"]["kv"]), x["job"]["threads"]) == wanted)
     return min(same, default=None)
 

@@ -13,7 +13,8 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
@@ -21,11 +22,10 @@ from typing import Any
 
 import limits
 import report
-from contestants import NAMES
+from contestants import NAMES, VARIANTS
 from plan import CASES
 
 HERE = Path(__file__).parent
-Say = Callable[..., None]
 
 
 def main() -> None:
@@ -42,15 +42,37 @@ def main() -> None:
         except (limits.NoLimitsError, OSError) as error:
             run["limits"] = []
             say(f"limits: skipped: {error}", keep=True)
-        for name in dict.fromkeys(("kvz", *options.peers)):
-            for threads in options.threads:
-                if name not in run["skipped"]:
-                    contest(name, threads, options, run, say)
-                    results.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
+        entrants = survey(options, run, say)
+        say.begin(sum(count for _, _, count in entrants))
+        for name, threads, _ in entrants:
+            contest(name, threads, options, run, say)
+            results.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
     report.write(run, options.out)
-    broken = [one for one in run["failed"] if one["name"] == "kvz"]
-    if broken or "kvz" in run["skipped"]:
+    ours = ("kvz", *VARIANTS)
+    if "kvz" in run["skipped"] or any(one["name"] in ours for one in run["failed"]):
         sys.exit("kvz itself did not run, or was wrong")
+
+
+def survey(
+    options: argparse.Namespace, run: dict[str, Any], say: Progress
+) -> list[tuple[str, int, int]]:
+    """Ask every library whether it is there, and how many jobs it has at each number of threads."""
+    entrants = []
+    for name in dict.fromkeys(("kvz", *VARIANTS, *options.peers)):
+        for threads in options.threads:
+            say(f"asking {name}")
+            task = {"name": name, "threads": threads, "count": True}
+            task |= {"cases": options.cases, "size": options.size}
+            for line in talk(task, 600):  # some compile something first
+                if "skipped" in line:
+                    run["skipped"][name] = line["skipped"]
+                elif line["jobs"]:
+                    run["versions"].update(line["versions"])
+                    entrants.append((name, threads, line["jobs"]))
+            if name in run["skipped"]:
+                say(f"{name}: skipped: {run['skipped'][name]}", keep=True)
+                break
+    return entrants
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -82,7 +104,7 @@ def machine() -> dict[str, Any]:
 
 
 def contest(
-    name: str, threads: int, options: argparse.Namespace, run: dict[str, Any], say: Say
+    name: str, threads: int, options: argparse.Namespace, run: dict[str, Any], say: Progress
 ) -> None:
     """Do all jobs of one contestant, in a new process after each crash."""
     task = {"name": name, "threads": threads, "cases": options.cases, "size": options.size}
@@ -90,10 +112,6 @@ def contest(
     while True:
         unfinished = None
         for line in talk({**task, "done": done}, 60 if options.size == "quick" else 600):
-            if "skipped" in line:
-                run["skipped"][name] = line["skipped"]
-                say(f"{name}: skipped: {line['skipped']}", keep=True)
-            run["versions"].update(line.get("versions", {}))
             if "starts" in line:
                 unfinished = line["starts"]
                 say(describe(name, unfinished))
@@ -106,7 +124,8 @@ def contest(
         done += 1
 
 
-def add(name: str, line: dict[str, Any], run: dict[str, Any], say: Say) -> None:
+def add(name: str, line: dict[str, Any], run: dict[str, Any], say: Progress) -> None:
+    say.advance()
     run["failed" if "failed" in line else "results"].append({"name": name, **line})
     if "failed" in line:
         say(f"{describe(name, line['job'])}: failed: {line['failed']}", keep=True)
@@ -140,27 +159,69 @@ def talk(task: dict[str, Any], patience: float) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+class Progress:
+    """Says in plain lines what is being done, with the count of jobs and the time left."""
+
+    def __init__(self) -> None:
+        self._done, self._total, self._began = 0, 0, 0.0
+
+    def begin(self, total: int) -> None:
+        """Start to count to `total` jobs."""
+        self._total, self._began = total, time.perf_counter()
+
+    def advance(self) -> None:
+        self._done += 1
+
+    def __call__(self, text: str, keep: bool = False) -> None:
+        """Say what is being done; `keep` marks what is to stay in sight."""
+        print(text if keep else f"{self._where()}{text}", file=sys.stderr, flush=True)
+
+    def _where(self) -> str:
+        if not self._total:
+            return ""
+        left = ""
+        if self._done:
+            each = (time.perf_counter() - self._began) / self._done
+            left = f", {each * (self._total - self._done) / 60:.0f} min left"
+        return f"[{self._done + 1}/{self._total}{left}] "
+
+
+class Bar(Progress):
+    """The same on a terminal: a bar in the last line."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None)
+
+    def begin(self, total: int) -> None:
+        self._bar.reset(self._task, total=total)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def __call__(self, text: str, keep: bool = False) -> None:
+        if keep:
+            self._bar.console.print(text, markup=False)
+        else:
+            self._bar.update(self._task, description=text)
+
+
 @contextmanager
-def progress() -> Iterator[Say]:
-    """Say what is being done: in one line on a terminal, else only what is to be kept."""
+def progress() -> Iterator[Progress]:
+    """Show a bar where there are a terminal and rich, else lines."""
     try:
+        from rich import progress as rich
         from rich.console import Console
     except ImportError:
-        console = None
-    else:
-        console = Console(stderr=True, highlight=False)
-    if console is None or not console.is_terminal:
-        yield lambda text, keep=False: print(text, file=sys.stderr) if keep else None
+        yield Progress()
         return
-    with console.status("") as status:
-
-        def say(text: str, keep: bool = False) -> None:
-            if keep:
-                console.print(text, markup=False)
-            else:
-                status.update(text)
-
-        yield say
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield Progress()
+        return
+    columns = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
+    with rich.Progress(*columns, rich.TextColumn("{task.description}"), console=console) as bar:
+        yield Bar(bar)
 
 
 if __name__ == "__main__":

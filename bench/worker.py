@@ -1,8 +1,9 @@
 """One contestant at one number of threads, in a process of its own. Started by run.py.
 
 Reads one JSON object with `name`, `threads`, `cases`, `size` and `done`, the number of jobs to pass
-over because an earlier process did them. Prints a line of JSON before and after each job, so that a
-library that takes the process down loses only the job it died on.
+over because an earlier process did them; `count` asks for nothing but the number of jobs. Prints a
+line of JSON before and after each job, so that a library that takes the process down loses only the
+job it died on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def main() -> None:
     except (ImportError, OSError, AttributeError) as error:
         say(skipped=f"{type(error).__name__}: {first_line(error)}")
         return
-    say(versions=module.versions())
+    if task.get("count"):
+        getattr(module, "compile_now", lambda: None)()
+        say(versions=module.versions(), jobs=len(planned(module, task)))
+        os._exit(0)
     for given in planned(module, task)[task["done"] :]:
         say(starts=given)
         try:
@@ -66,7 +70,7 @@ def run(module: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Check the contestant's answer, then time it."""
     from plan import STREAM_CALLS
 
-    from workload import Job, check, make_data, measure, measure_stream
+    from workload import Job, check, make_data, measure, measure_copy, measure_stream
 
     job = Job(**given)
     data, bits = make_data(job), module.KVS[job.kv]
@@ -76,8 +80,10 @@ def run(module: Any, given: dict[str, Any]) -> dict[str, Any]:
         timing = measure_stream(one, STREAM_CALLS)
     else:
         timing = measure(one, job.seconds)
+    copy = {"copy": measure_copy(job, data)} if job.case == "append" else {}
     return {
         "job": given,
+        **copy,
         "caches": one.caches,
         "bytes": one.bytes,
         "bits": one.bytes * 8 / (job.tokens * job.kv_heads * job.head_dim * 2),

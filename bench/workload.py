@@ -30,8 +30,9 @@ class Job:
 
     Attributes
     ----------
-    case : {"decode", "prefill", "append", "stream", "overhead"}
-        "stream" is "append" with the time of every single call.
+    case : {"decode", "prefill", "append", "stream", "overhead", "shapes", "wasm"}
+        "stream" is "append" with the time of every single call; the last two are a "decode" of
+        other shapes, and of the WebAssembly core.
     past, new : int
         Tokens in the cache before the step, and tokens that the step brings. A decode and a call
         on a tiny cache attend with one query to `past` tokens.
@@ -236,6 +237,21 @@ def _samples(one: Contestant, seconds: float, least: int) -> Iterator[float]:
         one.run()
         yield time.perf_counter() - start
         count += 1
+
+
+def measure_copy(job: Job, data: Data) -> float:
+    """Median seconds of copying the float32 input of an append, on one thread, to cold memory."""
+    source = np.stack([data.keys[: job.new], data.values[: job.new]])
+    places = max(2, -(-job.cold_bytes // source.nbytes))
+    targets = np.zeros((places, *source.shape), np.float32)
+    targets[:] = 1  # so that the system has given every page
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for target in targets:
+            np.copyto(target, source)
+        seconds.append((time.perf_counter() - start) / places)
+    return float(np.median(seconds))
 
 
 def measure_stream(one: Contestant, calls: int) -> Timing:

@@ -149,7 +149,7 @@ class ForeignFrame(_core.Frame):
 
     def out(self, address: int, nbytes: int) -> int:
         """Reserve `nbytes`, copied out at the end if nothing was raised."""
-        pointer = self._core.alloc(nbytes)
+        pointer: int = self._core.alloc(nbytes)
         self._held.append((pointer, nbytes))
         self._outputs.append((pointer, address, nbytes))
         return pointer

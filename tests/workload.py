@@ -93,4 +93,6 @@ def fingerprint(core: Any) -> dict[str, str]:
 
 if __name__ == "__main__":
     foreign.stand_in()
-    json.dump({"isa": kvz.info().isa, "hashes": fingerprint(None)}, sys.stdout)
+    info = kvz.info()
+    found = {"isa": info.isa, "isas": info.available_isas, "hashes": fingerprint(None)}
+    json.dump(found, sys.stdout)

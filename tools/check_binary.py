@@ -42,7 +42,6 @@ INSTRUCTIONS = {
     "neon_dotprod": ("sdot", ".4s"),
 }
 X86 = ("x86_64_v2", "x86_64_v3", "x86_64_v4")
-X86_WINDOWS = ("x86_64_v2", "x86_64_v3")  # see the levels in build.zig
 ARM = ("neon", "neon_dotprod")
 ARM_APPLE = ("neon_dotprod",)  # what every Apple Silicon Mac has
 
@@ -65,7 +64,7 @@ PLATFORMS = [
     Platform("musllinux_1_2_aarch64", ELF.Binary, ELF.ARCH.AARCH64, MUSL, ARM),
     Platform("macosx_10_15_x86_64", MACHO.Binary, MACHO.Header.CPU_TYPE.X86_64, MACOS, X86),
     Platform("macosx_11_0_arm64", MACHO.Binary, MACHO.Header.CPU_TYPE.ARM64, MACOS, ARM_APPLE),
-    Platform("win_amd64", PE.Binary, PE.Header.MACHINE_TYPES.AMD64, WINDOWS, X86_WINDOWS),
+    Platform("win_amd64", PE.Binary, PE.Header.MACHINE_TYPES.AMD64, WINDOWS, X86),
     Platform("win_arm64", PE.Binary, PE.Header.MACHINE_TYPES.ARM64, WINDOWS, ARM),
 ]
 

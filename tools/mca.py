@@ -149,7 +149,7 @@ def filled(store: str, pages: int) -> Any:
         num_kv_heads=1,
         head_dim=HEAD_DIM,
         max_tokens=tokens + PAGE_TOKENS,
-        store_precision=store,  # type: ignore[arg-type]
+        store_precision=store,
         tail_length=TAIL,
     )
     cache.append(data(tokens, 1), data(tokens, 1))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 NAMES = ("kvz", "numpy", "torch", "onnxruntime", "openvino", "ggml", "transformers", "mlx")
 
+#: kvz again: its WebAssembly core, and its native kernels for vectors of the same 128 bits.
+VARIANTS = ("kvz-wasm", "kvz-128")
+
 #: Module of each: not the library's own name, which it has to import.
-MODULES = {name: f"contestants.with_{name}" for name in NAMES}
+MODULES = {name: f"contestants.with_{name.replace('-', '_')}" for name in NAMES + VARIANTS}
 
 
 def width(kv: str) -> int:
