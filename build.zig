@@ -76,10 +76,10 @@ pub fn build(b: *std.Build) void {
         .use_llvm = true,
         .filters = filters,
     });
-    tests.root_module.addOptions(
-        "options",
-        options(b, levels_of(target.result)[levels_of(target.result).len - 1 ..]),
-    );
+    const named = options(b, levels_of(target.result)[levels_of(target.result).len - 1 ..]);
+    // Another CPU's tests can run in an emulator only.
+    named.addOption(bool, "emulated", target.result.cpu.arch != @import("builtin").cpu.arch);
+    tests.root_module.addOptions("options", named);
     test_step.dependOn(&b.addRunArtifact(tests).step);
 
     const agent_step = b.step("agent", "Build the program that calls a foreign library");

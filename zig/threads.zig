@@ -351,6 +351,7 @@ test "threads: callers at once, while the number of threads changes" {
 test "threads: a child of fork starts its own workers" {
     if (!enabled or !builtin.link_libc or builtin.os.tag == .windows) return error.SkipZigTest;
     if (builtin.sanitize_thread) return error.SkipZigTest; // it forbids threads after fork
+    if (@import("options").emulated) return error.SkipZigTest; // qemu-user cannot start them either
     set_thread_count(3);
     defer set_thread_count(1);
     try std.testing.expect(Tally.once(50, 100, false));
