@@ -15,7 +15,9 @@ error to expect. The sessions `arm` and `estimate` of noxfile.py prepare the lib
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import re
 import shutil
@@ -185,6 +187,20 @@ def run(command: list[str], text: str) -> str:
     return done.stdout
 
 
+def clock_hertz() -> float:
+    """Time a loop of one cycle a turn, on any x86-64: what the system says may be nominal."""
+    loop = bytes.fromhex("48ffcf75fbc3")  # dec rdi; jnz the dec; ret
+    code = mmap.mmap(-1, len(loop), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(loop)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    turns, seconds = 10_000_000, []
+    for _ in range(100):
+        start = time.perf_counter()
+        ctypes.CFUNCTYPE(None, ctypes.c_uint64)(address)(turns)
+        seconds.append(time.perf_counter() - start)
+    return turns / min(seconds)
+
+
 def measured_cycles(store: str, hertz: float) -> float:
     """Cycles of a page on this machine, from caches that stay in the second-level cache."""
     seconds = []
@@ -205,13 +221,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("machine", choices=MACHINES)
     parser.add_argument("--gigahertz", type=float, default=3.2, help="clock for GB/s (M1: 3.2)")
-    parser.add_argument("--measure", action="store_true", help="measure here, at --gigahertz")
+    parser.add_argument("--measure", action="store_true", help="measure here, too, on x86-64")
     options = parser.parse_args()
     machine = MACHINES[options.machine]
     if options.measure:
-        command = [sys.executable, "-c", MEASURE, str(options.gigahertz)]
+        command = [sys.executable, "-c", MEASURE]
         environment = {**os.environ, "KVZ_ISA": machine.isa, "KVZ_NUM_THREADS": "1"}
         here = json.loads(subprocess.check_output(command, env=environment))
+        options.gigahertz = here["gigahertz"]
+        print(f"The clock is {options.gigahertz:.2f} GHz.\n")
     columns = ["store", "model", "instructions", "cycles", "bytes", "bytes/cycle", "GB/s"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for store, page_bytes, (few, many) in traces(machine):
@@ -233,9 +251,11 @@ def main() -> None:
 
 # In a process of its own: there the native core is this machine's.
 MEASURE = """
-import json, sys
+import json
 from tools import mca
-print(json.dumps({s: mca.measured_cycles(s, float(sys.argv[1]) * 1e9) for s in mca.STORES}))
+hertz = mca.clock_hertz()
+found = {store: mca.measured_cycles(store, hertz) for store in mca.STORES}
+print(json.dumps({**found, "gigahertz": hertz / 1e9}))
 """
 
 if __name__ == "__main__":
