@@ -3,7 +3,8 @@
 KVZ_AGENT is the command that starts agent.zig with such a library. `stand_in` then puts it where
 the native core would be, and tests that take arrays and not buffers run on it as they are:
 
-    KVZ_AGENT="qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/bin/agent build/arm/kvz/libkvz.so"
+    at=build/aarch64-linux
+    KVZ_AGENT="qemu-aarch64 -L /usr/aarch64-linux-gnu $at/bin/agent $at/kvz/libkvz.so" pytest ...
 
 Used by conftest.py and workload.py; noxfile.py has the sessions.
 """

@@ -53,13 +53,17 @@ class Machine(NamedTuple):
 MACHINES = {
     "aarch64": Machine(
         ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", "max"),
-        "build/arm",
+        "build/aarch64-linux",
         "aarch64",
         "neon_dotprod",
         ("apple-m1", "neoverse-v1", "neoverse-v2", "neoverse-n1"),
     ),
     "x86_64": Machine(
-        ("qemu-x86_64", "-cpu", "max"), "build/x86_64", "x86_64", "x86_64_v3", ("znver3", "znver4")
+        ("qemu-x86_64", "-cpu", "max"),
+        "build/x86_64-linux",
+        "x86_64",
+        "x86_64_v3",
+        ("znver3", "znver4"),
     ),
 }
 
