@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -89,6 +89,13 @@ def options_of_attend(draw: Any, heads: int, tokens: int, n: int | None) -> dict
     return options
 
 
+class Pair(NamedTuple):
+    """A cache and the reference that it must agree with."""
+
+    real: Any
+    model: Any
+
+
 class CacheMachine(RuleBasedStateMachine):
     """A cache and its reference, which must never differ."""
 
@@ -98,8 +105,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(config=configs())
     def start(self, config: Any) -> None:
-        self.real = make_from(self.core, config, self.kind)
+        self.pool = kvz.BufferPool(core=self.core)
+        self.real = make_from(self.core, config, self.kind, pool=self.pool)
         self.model = model_of(config, self.kind)
+        self.others: list[Pair] = []
 
     @rule(n=counts, seed=seeds, cut=st.integers(1, 40))
     def append(self, n: int, seed: int, cut: int) -> None:
@@ -120,6 +129,36 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 80))
     def trim(self, n: int) -> None:
         assert self.real.trim(n) == self.model.trim(n)
+
+    @precondition(lambda self: len(self.others) < 4)
+    @rule(back=st.integers(0, 200), swap=st.booleans())
+    def fork(self, back: int, swap: bool) -> None:
+        """Fork at any token, also where eviction has been; walk on with either of the two."""
+        length = max(self.model.next_position - back, 0)
+        try:
+            model = self.model.fork(length)
+        except ValueError:
+            with unchanged(self.real), pytest.raises(kvz.InvalidArgumentError, match="length"):
+                self.real.fork(length)
+            return
+        real = self.real.fork(length) if back else self.real.fork()
+        self.others.append(Pair(real, model))
+        if swap:
+            self.switch(len(self.others) - 1)
+
+    @precondition(lambda self: self.others)
+    @rule(which=st.integers(0, 3))
+    def switch(self, which: int) -> None:
+        """Walk on with another fork."""
+        which %= len(self.others)
+        other = self.others[which]
+        self.others[which] = Pair(self.real, self.model)
+        self.real, self.model = other
+
+    @precondition(lambda self: self.others)
+    @rule(which=st.integers(0, 3))
+    def close_a_fork(self, which: int) -> None:
+        self.others.pop(which % len(self.others)).real.close()
 
     @precondition(lambda self: len(self.model) > 100)
     @rule()
@@ -152,12 +191,23 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_reference(self) -> None:
         if hasattr(self, "real"):
-            same_state(self.real, self.model)
-            self.real.check()
+            for real, model in [Pair(self.real, self.model), *self.others]:
+                same_state(real, model)
+                real.check()
+
+    @invariant()
+    def counts_shared_memory_once(self) -> None:
+        if hasattr(self, "real"):
+            caches = [self.real, *(pair.real for pair in self.others)]
+            in_use = self.pool.stats().bytes_in_use
+            assert max(cache.nbytes for cache in caches) <= in_use
+            assert in_use <= sum(cache.nbytes for cache in caches)
 
     def teardown(self) -> None:
         if hasattr(self, "real"):
-            self.real.close()
+            for real, _ in [Pair(self.real, self.model), *self.others]:
+                real.close()
+            assert self.pool.stats().bytes_in_use == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ const gpa = @import("memory.zig").gpa;
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
 const quantize_file = @import("quantize.zig");
+const sequence = @import("abi_sequence.zig");
 const slab_file = @import("slab.zig");
 const status_file = @import("status.zig");
 const threads = @import("threads.zig");
@@ -372,6 +373,12 @@ pub fn cache_digest(cache: *Cache, out: *u64) callconv(.c) Status {
     out.* = @import("digest.zig").digest(cache);
     return .ok;
 }
+
+// ---- sequences: abi_sequence.zig ----
+
+pub const cache_fork = sequence.cache_fork;
+pub const cache_restore = sequence.cache_restore;
+pub const cache_shared_bytes = sequence.cache_shared_bytes;
 
 // ---- quantization by itself: rows of `dim` f32, packed as key pages of 64 rows ----
 

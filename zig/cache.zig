@@ -28,8 +28,8 @@ const Side = format.Side;
 const Source = fill_file.Source;
 const Workspace = fill_file.Workspace;
 const fill = fill_file.fill;
-const Tier = tier_file.Tier;
 const Change = tier_file.Change;
+const Tier = tier_file.Tier;
 
 pub const TierName = enum(usize) { sinks = 0, store = 1, tail = 2 };
 pub const tier_count = 3;
@@ -155,7 +155,8 @@ pub const Cache = struct {
         var reserved: usize = 0;
         errdefer for (0..reserved) |t| cache.tiers[t].cancel(cache.gpa, cache.pool, &changes[t]);
         for (&cache.tiers, moved, &changes) |*tier, bound, *change| {
-            change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1]);
+            const written = @max(tier.end, bound[0]);
+            change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1], written);
             reserved += 1;
         }
 
@@ -269,15 +270,9 @@ pub const Cache = struct {
         const removed = @min(tokens, cache.len());
         const sinks = cache.tier_of(.sinks);
         const body = cache.len() - sinks.tokens();
-        var after: Plan = .{
-            .next = cache.next - @min(removed, body),
-            .begin = cache.begin,
-            .boundary = cache.boundary,
-        };
-        if (removed > body) after.next = sinks.end - (removed - body);
-        after.begin = @min(after.begin, after.next);
-        after.boundary = @min(after.boundary, after.next);
-        try cache.shrink(after);
+        // All of the body, and some sinks: then what was evicted between them is gone too.
+        const next = if (removed > body) sinks.end - (removed - body) else cache.next - removed;
+        try cache.shrink(cache.cut(next));
         return removed;
     }
 
@@ -300,6 +295,7 @@ pub const Cache = struct {
                 cache.pool,
                 bound[0],
                 bound[1],
+                bound[1],
             ) catch return error.OutOfMemory;
             assert(change.added == 0);
             reserved += 1;
@@ -308,6 +304,81 @@ pub const Cache = struct {
         cache.next = after.next;
         cache.begin = after.begin;
         cache.boundary = after.boundary;
+    }
+
+    // ---- sharing ----
+
+    /// The length of `fork` that is all there is.
+    pub const whole = std.math.maxInt(u64);
+
+    /// Another cache with the first `length` tokens of the stream. Both hold the same pages until
+    /// one of them has to change one.
+    pub fn fork(cache: *Cache, length: u64) error{ InvalidArgument, OutOfMemory }!*Cache {
+        const other = try create(cache.gpa, cache.pool, cache.config);
+        errdefer other.destroy();
+        {
+            cache.lock.lockShared();
+            defer cache.lock.unlockShared();
+            if (length != whole) try cache.check_cut(length);
+            other.share_from(cache);
+        }
+        if (length < other.next) try other.shrink(other.cut(length));
+        return other;
+    }
+
+    /// Makes this cache what `saved`, a fork of it, is. Cannot fail halfway: nothing is copied.
+    pub fn restore(cache: *Cache, saved: *Cache) error{InvalidArgument}!void {
+        if (saved == cache) return;
+        if (saved.pool != cache.pool or !std.meta.eql(saved.config, cache.config)) {
+            message.set("saved: expected a fork of this cache", .{});
+            return error.InvalidArgument;
+        }
+        var state: Cache = undefined;
+        {
+            // One lock at a time: two caches may be restored from each other.
+            saved.lock.lockShared();
+            defer saved.lock.unlockShared();
+            state.share_from(saved);
+        }
+        cache.lock.lock();
+        defer cache.lock.unlock();
+        for (&cache.tiers) |*tier| tier.deinit(cache.gpa, cache.pool);
+        cache.take_from(&state);
+    }
+
+    /// Takes all that `restore` changes, and owns it.
+    fn take_from(cache: *Cache, source: *const Cache) void {
+        cache.tiers = source.tiers;
+        cache.next = source.next;
+        cache.begin = source.begin;
+        cache.boundary = source.boundary;
+        cache.evicted = source.evicted;
+        cache.migrated = source.migrated;
+    }
+
+    fn share_from(cache: *Cache, source: *const Cache) void {
+        cache.take_from(source);
+        for (&cache.tiers, &source.tiers) |*tier, *shared| tier.* = shared.share();
+    }
+
+    /// Refuses a length of the stream that would need tokens which were evicted.
+    fn check_cut(cache: *const Cache, length: u64) error{InvalidArgument}!void {
+        const sinks = &cache.tiers[@backingInt(TierName.sinks)];
+        const first = cache.next - (cache.len() - sinks.tokens());
+        if (length <= sinks.end or (length >= first and length <= cache.next)) return;
+        const text = "length is {d}; expected up to {d} or from {d} to {d}, as tokens are held";
+        message.set(text, .{ length, sinks.end, first, cache.next });
+        return error.InvalidArgument;
+    }
+
+    /// Where everything is when the tokens from position `length` on are taken back. What stays
+    /// keeps its bits and its tier.
+    fn cut(cache: *const Cache, length: u64) Plan {
+        return .{
+            .next = length,
+            .begin = @min(cache.begin, length),
+            .boundary = @min(cache.boundary, length),
+        };
     }
 
     // ---- looking ----
@@ -335,9 +406,16 @@ pub const Cache = struct {
             .migrated_tokens = cache.migrated,
             .overhead_bytes = @sizeOf(Cache) + cache.rows.len * @sizeOf(f32),
         };
-        for (cache.tiers) |tier| {
-            out.overhead_bytes += tier.pages.capacity * @sizeOf(tier_file.Page);
-        }
+        for (&cache.tiers) |*tier| out.overhead_bytes += tier.overhead_bytes();
+    }
+
+    /// Bytes of pages that other caches hold too.
+    pub fn shared_bytes(cache: *Cache) u64 {
+        cache.lock.lockShared();
+        defer cache.lock.unlockShared();
+        var bytes: u64 = 0;
+        for (&cache.tiers) |*tier| bytes += tier.shared_bytes();
+        return bytes;
     }
 
     /// Whether every invariant holds; the message names the first that does not.

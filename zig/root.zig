@@ -19,6 +19,7 @@ pub const std_options: std.Options = .{ .signal_stack_size = null };
 
 test {
     _ = abi;
+    _ = @import("abi_sequence.zig");
     _ = @import("accumulate.zig");
     _ = @import("ahead.zig");
     _ = @import("attend.zig");
@@ -50,6 +51,7 @@ test {
     _ = @import("status.zig");
     _ = @import("step.zig");
     _ = @import("sync.zig");
+    _ = @import("table.zig");
     _ = @import("threads.zig");
     _ = @import("tier.zig");
     _ = @import("vec.zig");

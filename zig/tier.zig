@@ -1,14 +1,19 @@
 //! A tier: a run of consecutive positions in one pair of formats, held in pages of the pool. Page
-//! n covers the positions from n * tokens_per_page on, in every kv head. Called by cache.zig
-//! (which moves the bounds) and attend.zig (which reads); calls pool.zig.
+//! n covers the positions from n * tokens_per_page on, in every kv head. Pages may be shared with
+//! other tiers (table.zig); a tier never writes what another can see. Called by cache.zig
+//! (which moves the bounds) and attend.zig (which reads); calls table.zig and pool.zig.
 const std = @import("std");
 const assert = std.debug.assert;
+const Allocator = std.mem.Allocator;
 const format = @import("format.zig");
-const pool_file = @import("pool.zig");
+const table_file = @import("table.zig");
 const Half = format.Half;
-const Pool = pool_file.Pool;
+const Pool = @import("pool.zig").Pool;
+const Row = table_file.Row;
+const Shape = table_file.Shape;
+const Table = table_file.Table;
 
-pub const Page = [*]align(64) u8;
+pub const Page = table_file.Page;
 
 pub const Tier = struct {
     key: Half,
@@ -21,15 +26,21 @@ pub const Tier = struct {
     end: u64 = 0,
     /// Number of the first page held.
     first_page: u64 = 0,
-    /// (page, head), from `skipped` on
-    pages: std.ArrayList(Page) = .empty,
-    /// Entries of `pages` whose pages are gone; they are squeezed out now and then.
-    skipped: usize = 0,
+    /// The rows of pages held, from `first_page` on; null when there are none.
+    table: ?*Table = null,
+    /// `table.live()`
+    rows: []*Row = &.{},
 
-    pub fn deinit(tier: *Tier, gpa: std.mem.Allocator, pool: *Pool) void {
-        for (tier.pages.items[tier.skipped..]) |page| pool.release_page(page, tier.page_bytes());
-        tier.pages.deinit(gpa);
+    pub fn deinit(tier: *Tier, gpa: Allocator, pool: *Pool) void {
+        if (tier.table) |table| table.release(gpa, pool, tier.shape());
         tier.* = undefined;
+    }
+
+    /// The same tokens in the same pages, for another holder.
+    pub fn share(tier: *const Tier) Tier {
+        var other = tier.*;
+        if (tier.table) |table| other.table = table.retain();
+        return other;
     }
 
     pub fn tokens(tier: *const Tier) u64 {
@@ -40,18 +51,33 @@ pub const Tier = struct {
         return tier.key.bytes() + tier.value.bytes();
     }
 
+    pub fn shape(tier: *const Tier) Shape {
+        return .{ .heads = tier.heads, .page_bytes = tier.page_bytes() };
+    }
+
     pub fn page_count(tier: *const Tier) usize {
-        return tier.pages.items.len - tier.skipped;
+        return tier.rows.len * tier.heads;
+    }
+
+    /// Bytes of pages that other tables hold too.
+    pub fn shared_bytes(tier: *const Tier) u64 {
+        const table = tier.table orelse return 0;
+        var shared: u64 = if (table.alone()) 0 else tier.rows.len;
+        if (shared == 0) for (tier.rows) |row| {
+            shared += @intFromBool(!row.alone());
+        };
+        return shared * tier.heads * tier.page_bytes();
+    }
+
+    pub fn overhead_bytes(tier: *const Tier) usize {
+        const table = tier.table orelse return 0;
+        return @sizeOf(Table) + table.rows.capacity * @sizeOf(*Row) +
+            tier.rows.len * Row.overhead_bytes(tier.heads);
     }
 
     pub fn page_at(tier: *const Tier, number: u64, head: usize) Page {
         assert(number >= tier.first_page);
-        return tier.pages.items[
-            tier.skipped + @as(
-                usize,
-                @intCast(number - tier.first_page),
-            ) * tier.heads + head
-        ];
+        return tier.rows[@intCast(number - tier.first_page)].pages()[head];
     }
 
     pub fn keys_of(_: *const Tier, page: Page) [*]u8 {
@@ -62,7 +88,9 @@ pub const Tier = struct {
         return page + tier.key.bytes();
     }
 
-    fn numbers(tier: *const Tier, start: u64, end: u64) struct { first: u64, end: u64 } {
+    const Numbers = struct { first: u64, end: u64 };
+
+    fn numbers(tier: *const Tier, start: u64, end: u64) Numbers {
         if (start >= end) return .{ .first = 0, .end = 0 };
         return .{
             .first = start / tier.tokens_per_page,
@@ -70,96 +98,163 @@ pub const Tier = struct {
         };
     }
 
-    /// Gets everything that moving the bounds to [start, end) needs, without changing the tier.
-    /// Pages that the move frees are counted on, so that a full pool still lets a window slide.
-    pub fn reserve(tier: *Tier, gpa: std.mem.Allocator, pool: *Pool, start: u64, end: u64) !Change {
+    /// Slots of page `number` that lie before position `end`.
+    fn slots_before(tier: *const Tier, number: u64, end: u64) u32 {
+        return @intCast(@min(end - number * tier.tokens_per_page, tier.tokens_per_page));
+    }
+
+    /// Gets everything that moving the bounds to [start, end) and writing the positions
+    /// [written, end) needs, without changing the tier. Pages that the move frees are counted on,
+    /// so that a full pool still lets a window slide.
+    pub fn reserve(
+        tier: *Tier,
+        gpa: Allocator,
+        pool: *Pool,
+        start: u64,
+        end: u64,
+        written: u64,
+    ) !Change {
         const held = tier.numbers(tier.start, tier.end);
         const wanted = tier.numbers(start, end);
         const kept_first = @max(held.first, wanted.first);
         const kept_end = @max(kept_first, @min(held.end, wanted.end));
-        const kept = kept_end - kept_first;
-        const dropped = std.math.cast(
-            usize,
-            held.end - held.first - kept,
-        ) orelse return error.OutOfMemory;
-        const added = std.math.cast(
-            usize,
-            wanted.end - wanted.first - kept,
-        ) orelse return error.OutOfMemory;
+        const kept: usize = @intCast(kept_end - kept_first);
+        const rows_added = std.math.cast(usize, wanted.end - wanted.first - kept) orelse
+            return error.OutOfMemory;
         var change: Change = .{
             .start = start,
             .end = end,
-            .spare = &.{},
-            .spare_len = 0,
-            .added = added,
+            .first_page = wanted.first,
+            // Of the rows held, those from `front` on, `kept` in number, stay.
+            .front = if (kept > 0) @intCast(kept_first - held.first) else tier.rows.len,
+            .kept = kept,
+            .added = rows_added,
+            .written = kept,
         };
-        if (dropped == 0 and added == 0) return change;
+        if (written < end) {
+            tier.reserve_write(&change, written, .{ .first = kept_first, .end = kept_end });
+        }
+        errdefer if (change.claimed) |claimed| claimed.row.unclaim(claimed.slot);
+        const dropped = tier.rows.len - kept;
+        if (dropped == 0 and rows_added == 0 and !change.copies) return change;
 
-        const places = std.math.mul(
-            usize,
-            dropped + added,
-            tier.heads,
-        ) catch return error.OutOfMemory;
-        try tier.pages.ensureUnusedCapacity(gpa, added * tier.heads);
-        change.spare = try gpa.alloc(Page, places);
+        change.moves = true;
+
+        // Rows that only this tier holds serve again.
+        const private = if (tier.table) |table| table.alone() else false;
+        var reusable: usize = 0;
+        if (private) for ([_][]*Row{ change.front_of(tier), change.back_of(tier) }) |rows| {
+            for (rows) |row| reusable += @intFromBool(row.alone());
+        };
+        const needed = rows_added + @intFromBool(change.copies);
+        change.spare = try gpa.alloc(*Row, dropped + needed);
         errdefer gpa.free(change.spare);
-        const fresh = (added -| dropped) * tier.heads;
-        try pool.acquire_pages(tier.page_bytes(), change.spare[0..fresh]);
-        change.spare_len = fresh;
+        if (private) {
+            try tier.table.?.rows.ensureUnusedCapacity(gpa, rows_added);
+            tier.rows = tier.table.?.live(); // growing may have moved it
+        } else if (kept + rows_added > 0) {
+            change.table = try .create(gpa, kept + rows_added);
+        }
+        errdefer if (change.table) |table| table.release(gpa, pool, tier.shape());
+        change.spare_len = needed -| reusable;
+        try Row.create_all(gpa, pool, tier.shape(), change.spare[0..change.spare_len]);
         return change;
     }
 
+    /// Makes sure that the slots of the first row to be written, if it is there already, are this
+    /// tier's: they are if nobody else holds the row, or if it can claim them; else a copy is due.
+    fn reserve_write(tier: *Tier, change: *Change, written: u64, kept: Numbers) void {
+        const number = written / tier.tokens_per_page;
+        if (number < kept.first or number >= kept.end) return;
+        change.written = @intCast(number - kept.first);
+        const row = tier.rows[change.front + change.written];
+        if (tier.table.?.alone() and row.alone()) return;
+        const slot: u32 = @intCast(written % tier.tokens_per_page);
+        if (row.claim(slot, tier.slots_before(number, change.end))) {
+            change.claimed = .{ .row = row, .slot = slot };
+        } else {
+            change.copies = true;
+        }
+    }
+
     /// Gives up a reservation.
-    pub fn cancel(tier: *const Tier, gpa: std.mem.Allocator, pool: *Pool, change: *Change) void {
-        for (change.spare[0..change.spare_len]) |page| pool.release_page(page, tier.page_bytes());
-        gpa.free(change.spare);
+    pub fn cancel(tier: *const Tier, gpa: Allocator, pool: *Pool, change: *Change) void {
+        if (change.claimed) |claimed| claimed.row.unclaim(claimed.slot);
+        if (change.table) |table| table.release(gpa, pool, tier.shape());
+        change.free_spare(tier, gpa, pool);
         change.* = undefined;
     }
 
-    /// Moves the bounds: pages outside them become spare, new ones come from the spare, zeroed.
-    pub fn commit(tier: *Tier, gpa: std.mem.Allocator, pool: *Pool, change: *Change) void {
-        tier.drop_outside(change);
-        for (0..change.added * tier.heads) |_| {
-            change.spare_len -= 1;
-            const page = change.spare[change.spare_len];
-            @memset(page[0..tier.page_bytes()], 0);
-            tier.pages.appendAssumeCapacity(page);
-        }
+    /// Moves the bounds: pages outside them are given up, new ones are zeroed.
+    pub fn commit(tier: *Tier, gpa: Allocator, pool: *Pool, change: *Change) void {
+        if (change.moves) tier.move_rows(gpa, pool, change);
         tier.start = change.start;
         tier.end = change.end;
-        if (tier.start == tier.end) assert(tier.page_count() == 0);
-        tier.cancel(gpa, pool, change);
+        tier.mark_claims(change.written);
+        change.free_spare(tier, gpa, pool);
+        change.* = undefined;
     }
 
-    fn drop_outside(tier: *Tier, change: *Change) void {
-        const held = tier.numbers(tier.start, tier.end);
-        const wanted = tier.numbers(change.start, change.end);
-        const front = @min(held.end, @max(held.first, wanted.first)) - held.first;
-        const back = held.end - @max(held.first + front, @min(held.end, wanted.end));
-        const list = &tier.pages;
-        const front_len = @as(usize, @intCast(front)) * tier.heads;
-        const back_len = @as(usize, @intCast(back)) * tier.heads;
-        for (list.items[tier.skipped..][0..front_len]) |page| change.put(page);
-        for (list.items[list.items.len - back_len ..]) |page| change.put(page);
-        list.items.len -= back_len;
-        tier.skipped += front_len;
-        tier.first_page = if (tier.page_count() > 0) held.first + front else wanted.first;
-        if (tier.skipped * 2 > list.items.len) tier.squeeze();
+    fn move_rows(tier: *Tier, gpa: Allocator, pool: *Pool, change: *Change) void {
+        const shape_of_rows = tier.shape();
+        if (change.kept + change.added == 0) {
+            if (tier.table) |table| table.release(gpa, pool, shape_of_rows);
+            tier.table = null;
+            tier.rows = &.{};
+            return;
+        }
+        if (change.table) |table| {
+            table.share_rows(tier.rows[change.front..][0..change.kept]);
+            if (tier.table) |old| old.release(gpa, pool, shape_of_rows);
+            tier.table = table;
+        } else {
+            const table = tier.table.?;
+            for ([_][]*Row{ change.front_of(tier), change.back_of(tier) }) |rows| {
+                for (rows) |row| change.put(row, gpa, pool, shape_of_rows);
+            }
+            table.drop_back(change.back_of(tier).len);
+            table.drop_front(change.front);
+        }
+        const table = tier.table.?;
+        if (change.copies) {
+            const place = &table.live()[change.written];
+            const shared = place.*;
+            place.* = change.take();
+            place.*.copy(shared, shape_of_rows);
+            shared.release(gpa, pool, shape_of_rows);
+        }
+        for (0..change.added) |_| {
+            const row = change.take();
+            row.zero(shape_of_rows);
+            table.rows.appendAssumeCapacity(row);
+        }
+        tier.first_page = change.first_page;
+        tier.rows = table.live();
     }
 
-    fn squeeze(tier: *Tier) void {
-        const live = tier.pages.items[tier.skipped..];
-        std.mem.copyForwards(Page, tier.pages.items[0..live.len], live);
-        tier.pages.items.len = live.len;
-        tier.skipped = 0;
+    /// The slots up to the end are taken in every row from `first` on. A last row that nobody else
+    /// holds is free behind the end, whatever was there.
+    fn mark_claims(tier: *Tier, first: usize) void {
+        if (tier.rows.len == 0) return;
+        const last = tier.rows.len - 1;
+        const private = tier.table.?.alone();
+        for (@min(first, last)..tier.rows.len) |i| {
+            const row = tier.rows[i];
+            if (i < first and !(private and row.alone())) continue;
+            row.claimed.store(tier.slots_before(tier.first_page + i, tier.end), .release);
+        }
     }
 
     /// Whether the page table is what the bounds say.
     pub fn consistent(tier: *const Tier) bool {
         if (tier.start > tier.end) return false;
         const wanted = tier.numbers(tier.start, tier.end);
-        if (tier.page_count() != (wanted.end - wanted.first) * tier.heads) return false;
-        return tier.start == tier.end or tier.first_page == wanted.first;
+        if (tier.rows.len != wanted.end - wanted.first) return false;
+        const table = tier.table orelse return tier.start == tier.end;
+        if (tier.first_page != wanted.first or tier.rows.len == 0) return false;
+        if (tier.rows.ptr != table.live().ptr or tier.rows.len != table.live().len) return false;
+        const last = tier.rows[tier.rows.len - 1];
+        return last.claimed.load(.acquire) >= tier.slots_before(wanted.end - 1, tier.end);
     }
 };
 
@@ -167,38 +262,151 @@ pub const Tier = struct {
 pub const Change = struct {
     start: u64,
     end: u64,
-    /// Pages not in the tier, with room for those that it will give up.
-    spare: []Page,
-    spare_len: usize,
+    first_page: u64,
+    /// Of the rows held, `kept` stay, from `front` on; `added` come.
+    front: usize,
+    kept: usize,
     added: usize,
+    /// The first row to be written: an index into the rows that stay and come.
+    written: usize,
+    /// That row is to be copied first.
+    copies: bool = false,
+    /// That row is written in place, from a slot on that was claimed.
+    claimed: ?struct { row: *Row, slot: u32 } = null,
+    /// Whether rows come, go or are replaced.
+    moves: bool = false,
+    /// What becomes the tier's table, if it cannot change the one it has.
+    table: ?*Table = null,
+    /// Rows not in the tier, with room for those that it will give up.
+    spare: []*Row = &.{},
+    spare_len: usize = 0,
 
-    fn put(change: *Change, page: Page) void {
-        change.spare[change.spare_len] = page;
+    fn front_of(change: *const Change, tier: *const Tier) []*Row {
+        return tier.rows[0..change.front];
+    }
+
+    fn back_of(change: *const Change, tier: *const Tier) []*Row {
+        return tier.rows[change.front + change.kept ..];
+    }
+
+    /// Takes a row that the tier gives up; what others hold is theirs alone from now on.
+    fn put(change: *Change, row: *Row, gpa: Allocator, pool: *Pool, shape: Shape) void {
+        if (!row.alone()) return row.release(gpa, pool, shape);
+        change.spare[change.spare_len] = row;
         change.spare_len += 1;
     }
+
+    fn take(change: *Change) *Row {
+        change.spare_len -= 1;
+        return change.spare[change.spare_len];
+    }
+
+    fn free_spare(change: *Change, tier: *const Tier, gpa: Allocator, pool: *Pool) void {
+        for (change.spare[0..change.spare_len]) |row| row.release(gpa, pool, tier.shape());
+        gpa.free(change.spare);
+    }
+};
+
+/// Moves the bounds at once, for tests.
+fn move(tier: *Tier, pool: *Pool, start: u64, end: u64) !void {
+    const gpa = std.testing.allocator;
+    const written = @max(start, tier.end);
+    var change = try tier.reserve(gpa, pool, start, end, written);
+    tier.commit(gpa, pool, &change);
+    for (@intCast(@min(written, end))..@intCast(end)) |position| for (0..tier.heads) |head| {
+        const page = tier.page_at(position / tier.tokens_per_page, head);
+        page[position % tier.tokens_per_page] = stamp(position);
+    };
+    try std.testing.expect(tier.consistent());
+}
+
+fn stamp(position: usize) u8 {
+    return @truncate(position *% 7 +% 1);
+}
+
+fn expect_stamps(tier: *const Tier) !void {
+    for (@intCast(tier.start)..@intCast(tier.end)) |position| for (0..tier.heads) |head| {
+        const page = tier.page_at(position / tier.tokens_per_page, head);
+        try std.testing.expectEqual(stamp(position), page[position % tier.tokens_per_page]);
+    };
+}
+
+const test_half: Half = .{ .format = .f16, .dim = 8, .slots = 16, .rotated = false };
+const test_tier: Tier = .{
+    .key = test_half,
+    .value = test_half,
+    .heads = 3,
+    .tokens_per_page = 16,
 };
 
 test "a tier slides, jumps, shrinks and empties without losing a page" {
     const gpa = std.testing.allocator;
     const pool = try Pool.create(gpa, .{});
     defer pool.release();
-    const half: Half = .{ .format = .f16, .dim = 8, .slots = 16, .rotated = false };
-    var tier: Tier = .{ .key = half, .value = half, .heads = 3, .tokens_per_page = 16 };
+    var tier = test_tier;
     defer tier.deinit(gpa, pool);
-    const moves = [_][2]u64{ .{ 0, 5 }, .{ 0, 40 }, .{ 20, 90 }, .{ 20, 64 }, .{ 33, 34 }, .{
-        500,
-        600,
-    }, .{ 600, 600 }, .{ 7, 9 } };
-    for (moves) |move| {
-        var change = try tier.reserve(gpa, pool, move[0], move[1]);
-        tier.commit(gpa, pool, &change);
-        try std.testing.expect(tier.consistent());
+    const moves = [_][2]u64{
+        .{ 0, 5 },   .{ 0, 40 },    .{ 20, 90 },   .{ 20, 64 },
+        .{ 33, 34 }, .{ 500, 600 }, .{ 600, 600 }, .{ 7, 9 },
+    };
+    for (moves) |bounds| {
+        try move(&tier, pool, bounds[0], bounds[1]);
         try std.testing.expectEqual(
             tier.page_count() * tier.page_bytes(),
             pool.stats().bytes_in_use,
         );
     }
-    var change = try tier.reserve(gpa, pool, 7, 200);
+    var change = try tier.reserve(gpa, pool, 7, 200, 9);
     tier.cancel(gpa, pool, &change);
     try std.testing.expect(tier.consistent());
+}
+
+test "the first to append to a shared row writes in place, the next copies that row alone" {
+    const gpa = std.testing.allocator;
+    const pool = try Pool.create(gpa, .{});
+    defer pool.release();
+    var a = test_tier;
+    defer a.deinit(gpa, pool);
+    try move(&a, pool, 0, 40);
+    const row_bytes = 3 * a.page_bytes();
+    var b = a.share();
+    defer b.deinit(gpa, pool);
+    try std.testing.expectEqual(3 * row_bytes, pool.stats().bytes_in_use);
+    try std.testing.expectEqual(3 * row_bytes, b.shared_bytes());
+
+    try move(&b, pool, 0, 43);
+    try std.testing.expectEqual(3 * row_bytes, pool.stats().bytes_in_use);
+    try move(&a, pool, 0, 42);
+    try std.testing.expectEqual(4 * row_bytes, pool.stats().bytes_in_use);
+    try std.testing.expectEqual(2 * row_bytes, a.shared_bytes());
+    try move(&b, pool, 20, 41);
+    try move(&b, pool, 20, 70);
+    try expect_stamps(&a);
+    try expect_stamps(&b);
+
+    // What a cancelled reservation claimed is free again.
+    var c = a.share();
+    defer c.deinit(gpa, pool);
+    var change = try a.reserve(gpa, pool, 0, 45, 42);
+    a.cancel(gpa, pool, &change);
+    const before = pool.stats().bytes_in_use;
+    try move(&c, pool, 0, 48);
+    try std.testing.expectEqual(before, pool.stats().bytes_in_use);
+}
+
+test "a full pool refuses a copy and nothing has changed" {
+    const gpa = std.testing.allocator;
+    const row_bytes = 3 * test_tier.page_bytes();
+    const pool = try Pool.create(gpa, .{ .max_bytes = 3 * row_bytes });
+    defer pool.release();
+    var a = test_tier;
+    defer a.deinit(gpa, pool);
+    try move(&a, pool, 0, 40);
+    var b = a.share();
+    try move(&b, pool, 0, 44);
+    try std.testing.expectError(error.PoolExhausted, a.reserve(gpa, pool, 0, 41, 40));
+    try expect_stamps(&b);
+    b.deinit(gpa, pool);
+    try move(&a, pool, 0, 41);
+    try expect_stamps(&a);
 }

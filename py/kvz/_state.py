@@ -21,6 +21,8 @@ from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, InvalidTypeError
 from kvz.pool import BufferPool, PoolStats, default_pool
 
+_WHOLE = (1 << 64) - 1  # the length of a fork that has all tokens
+
 Self = TypeVar("Self", bound="CacheState")
 
 
@@ -106,6 +108,54 @@ class CacheState:
         """Forget everything and give the pages back; the next token has position 0."""
         with self._lock, self._handle as pointer, self._core.frame():
             self._core.check(self._core.cache_clear(pointer))
+
+    def fork(self: Self, length: int | None = None) -> Self:
+        """Return another cache of the same tokens, which from now on goes its own way.
+
+        The two share their pages, whatever their number and precision. Who appends first writes
+        on where the tokens end; who appends after that copies the one page of every head that
+        would differ. The pool counts shared pages once. A fork may be forked, and outlive the
+        cache it was made of.
+
+        Parameters
+        ----------
+        length : int, optional
+            Take only the tokens at positions below this, as `trim` would leave them; by default
+            all.
+
+        Returns
+        -------
+        TwoTierCache or PooledCache
+
+        Raises
+        ------
+        InvalidArgumentError
+            `length` lies beyond the next position, or in the gap that eviction left.
+
+        Examples
+        --------
+        >>> import kvz, numpy as np
+        >>> cache = kvz.TwoTierCache(num_kv_heads=1, head_dim=64)
+        >>> cache.append(np.ones((100, 1, 64)), np.ones((100, 1, 64)))
+        >>> other = cache.fork(length=70)
+        >>> len(cache), len(other), cache.stats().own_bytes
+        (100, 70, 0)
+        """
+        count = _WHOLE if length is None else as_count(length, "length")
+        with self._lock, self._handle as pointer:
+            made = self._core.create("cache_fork", pointer, count)
+            other = object.__new__(type(self))
+            other.__dict__.update(self.__dict__)
+            other._handle = Handle(type(self).__name__, made, self._core.cache_free)
+        other._lock = threading.RLock()
+        return other
+
+    def _shared_bytes(self) -> int:
+        """Bytes of the pages that forks hold too."""
+        out = ctypes.c_uint64()
+        with self._handle as pointer, self._core.frame() as frame:
+            self._core.check(self._core.cache_shared_bytes(pointer, frame.ref(out)))
+        return out.value
 
     def _core_stats(self) -> Any:
         """Return abi.CacheStats, all of one moment."""

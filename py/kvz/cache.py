@@ -68,7 +68,8 @@ class TwoTierCache(BaseCache):
 
     def stats(self) -> CacheStats:
         """Return what is held, all of one moment."""
-        now = self._core_stats()
+        with self._lock:
+            now, shared = self._core_stats(), self._shared_bytes()
         nbytes = now.sink_bytes + now.store_bytes + now.tail_bytes
         values = now.total_tokens * self._heads * (self._head_dim + self._value_dim)
         plain = now.total_tokens * self._config.tail_bytes_per_token
@@ -83,6 +84,7 @@ class TwoTierCache(BaseCache):
             sink_bytes=now.sink_bytes,
             store_bytes=now.store_bytes,
             tail_bytes=now.tail_bytes,
+            shared_bytes=shared,
             overhead_bytes=now.overhead_bytes,
             page_count=now.page_count,
             compression_ratio=plain / nbytes if nbytes and plain else 1.0,

@@ -28,6 +28,8 @@ class PooledCacheStats:
         Runs of `tokens_per_block` tokens that hold what is not a sink.
     total_bytes : int
         Bytes of all pages as allocated.
+    shared_bytes : int
+        Those of them that are in pages which forks and open transactions hold too.
     overhead_bytes : int
         Page tables and the cache object, besides the pages.
     pool_stats : PoolStats
@@ -40,6 +42,7 @@ class PooledCacheStats:
     tokens_per_block: int = 0
     block_count: int = 0
     total_bytes: int = 0
+    shared_bytes: int = 0
     overhead_bytes: int = 0
     pool_stats: PoolStats = field(default_factory=PoolStats)
 
@@ -96,7 +99,8 @@ class PooledCache(BaseCache):
 
     def stats(self) -> PooledCacheStats:
         """Return what is held, all of one moment; the pool's part may be of a later one."""
-        now = self._core_stats()
+        with self._lock:
+            now, shared = self._core_stats(), self._shared_bytes()
         # Blocks are aligned to position 0, so the first and the last may be partly used.
         first = now.next_position - (now.total_tokens - now.sink_tokens)
         size = self._tokens_per_block
@@ -109,6 +113,7 @@ class PooledCache(BaseCache):
             tokens_per_block=size,
             block_count=blocks,
             total_bytes=now.sink_bytes + now.store_bytes + now.tail_bytes,
+            shared_bytes=shared,
             overhead_bytes=now.overhead_bytes,
             pool_stats=self.pool_stats(),
         )

@@ -22,6 +22,8 @@ class CacheStats:
         Tokens that left the cache, and that moved from the tail to the store, since it was made
         or cleared.
     sink_bytes, store_bytes, tail_bytes : int
+    shared_bytes : int
+        Those of them that are in pages which forks and open transactions hold too.
     overhead_bytes : int
         Page tables and the cache object, besides the pages.
     page_count : int
@@ -42,6 +44,7 @@ class CacheStats:
     sink_bytes: int = 0
     store_bytes: int = 0
     tail_bytes: int = 0
+    shared_bytes: int = 0
     overhead_bytes: int = 0
     page_count: int = 0
     compression_ratio: float = 1.0
@@ -52,9 +55,14 @@ class CacheStats:
         """Bytes of all pages."""
         return self.sink_bytes + self.store_bytes + self.tail_bytes
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the pages that nobody else holds: what closing this cache would free."""
+        return self.total_bytes - self.shared_bytes
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, and `total_bytes`, as plain values."""
-        return {**asdict(self), "total_bytes": self.total_bytes}
+        """Return the fields, `total_bytes` and `own_bytes`, as plain values."""
+        return {**asdict(self), "total_bytes": self.total_bytes, "own_bytes": self.own_bytes}
 
 
 def format_bytes(count: float) -> str:
