@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -36,6 +37,7 @@ counts = st.one_of(st.integers(1, 9), st.integers(10, 70), st.sampled_from([63, 
 seeds = st.integers(0, 2**20)
 tails = st.sampled_from(["f32", "f16", "bf16"])
 stores = st.sampled_from(STORES)
+ENDS = ("keep", "rollback", "raise", "fork and rollback")
 
 
 @st.composite
@@ -146,6 +148,30 @@ class CacheMachine(RuleBasedStateMachine):
         if swap:
             self.switch(len(self.others) - 1)
 
+    @rule(n=counts, seed=seeds, back=st.integers(0, 80), how=st.sampled_from(ENDS))
+    def transaction(self, n: int, seed: int, back: int, how: str) -> None:
+        """Append and trim in a transaction; unless it is kept, nothing has happened."""
+        before = self.real.digest(), self.real.stats().evicted_tokens
+        tokens = stream(self.real.config, n, seed)
+        with suppress(ZeroDivisionError), self.real.transaction() as step:
+            self.real.append(*tokens)
+            self.real.trim(back)
+            if how == "keep":
+                self.model.append(*tokens)
+                self.model.trim(back)
+            elif how == "rollback":
+                step.rollback()
+            elif how == "fork and rollback" and len(self.others) < 6:
+                branch = Pair(self.real.fork(), self.model.fork())
+                branch.model.append(*tokens)
+                branch.model.trim(back)
+                self.others.append(branch)
+                step.rollback()
+            else:
+                raise ZeroDivisionError
+        if how != "keep":
+            assert (self.real.digest(), self.real.stats().evicted_tokens) == before
+
     @precondition(lambda self: self.others)
     @rule(which=st.integers(0, 3))
     def switch(self, which: int) -> None:
@@ -156,7 +182,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.real, self.model = other
 
     @precondition(lambda self: self.others)
-    @rule(which=st.integers(0, 3))
+    @rule(which=st.integers(0, 5))
     def close_a_fork(self, which: int) -> None:
         self.others.pop(which % len(self.others)).real.close()
 

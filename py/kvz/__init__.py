@@ -31,6 +31,7 @@ from kvz.pool import AlignedBuffer, BufferPool, BufferSize, PooledBuffer, PoolSt
 from kvz.pooled import PooledBlock, PooledCache, PooledCacheStats
 from kvz.quantize import QuantizedTensor, quantize
 from kvz.stats import CacheStats
+from kvz.transaction import Transaction
 
 __all__ = [
     "AbiMismatchError",
@@ -63,6 +64,7 @@ __all__ = [
     "Precision",
     "QuantizedStore",
     "QuantizedTensor",
+    "Transaction",
     "TwoTierCache",
     "default_pool",
     "get_num_threads",

@@ -20,6 +20,7 @@ from kvz.arrays import as_count
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, InvalidTypeError
 from kvz.pool import BufferPool, PoolStats, default_pool
+from kvz.transaction import Saved, Transaction
 
 _WHOLE = (1 << 64) - 1  # the length of a fork that has all tokens
 
@@ -30,6 +31,7 @@ class CacheState:
     """Owns one cache of the core. The base of both caches; not for direct use."""
 
     _kind = ""  # of abi.CacheKind
+    _policy: Any = None
 
     def __init__(
         self,
@@ -92,7 +94,10 @@ class CacheState:
     def trim(self, n: int) -> int:
         """Take back the `n` newest tokens, or all there are.
 
-        What stays keeps its bits: a token that was packed is not unpacked.
+        What stays keeps its bits and its tier: a token that was packed is not unpacked, and one
+        that was evicted does not come back. So an append that is trimmed leaves no trace if it made
+        nothing migrate and evicted nothing; where it must never leave one, use `transaction`.
+        After a trim the tail may be shorter than `tail_length`, until enough tokens follow.
 
         Returns
         -------
@@ -142,13 +147,47 @@ class CacheState:
         (100, 70, 0)
         """
         count = _WHOLE if length is None else as_count(length, "length")
-        with self._lock, self._handle as pointer:
-            made = self._core.create("cache_fork", pointer, count)
+        with self._lock:
+            handle = self._fork(count)
             other = object.__new__(type(self))
             other.__dict__.update(self.__dict__)
-            other._handle = Handle(type(self).__name__, made, self._core.cache_free)
+        other._handle = handle
         other._lock = threading.RLock()
         return other
+
+    def _fork(self, length: int) -> Handle:
+        """Fork in the core."""
+        core = self._core
+        with self._handle as pointer:
+            made = core.create("cache_fork", pointer, length)
+        return Handle(type(self).__name__, made, core.cache_free)
+
+    def transaction(self) -> Transaction:
+        """Begin something that may be undone without a trace, as a draft of tokens.
+
+        Returns
+        -------
+        Transaction
+            To be used with ``with``: it rolls back on an exception, or when its `rollback` is
+            called.
+        """
+        return Transaction(self)
+
+    def _save(self) -> Saved:
+        """Keep the present state, for `_restore`."""
+        with self._lock:
+            return Saved(self, self._fork(_WHOLE), self._config, self._policy)
+
+    def _restore(self, saved: Saved) -> None:
+        """Become what this cache was when `saved` was made."""
+        with self._lock, saved.handle as source:
+            if self._config is not saved.config and not self.closed:
+                self._configure(saved.config)
+            with self._handle as pointer:
+                status = self._core.cache_restore(pointer, source)
+                if status:
+                    self._core.check(status)
+            self._policy = saved.policy
 
     def _shared_bytes(self) -> int:
         """Bytes of the pages that forks hold too."""

@@ -111,7 +111,8 @@ class TwoTierCache(BaseCache):
     @property
     def policy(self) -> Policy:
         """The policy given last, or a `Hybrid` of the configuration."""
-        return self._policy
+        policy: Policy = self._policy
+        return policy
 
     def update_policy(self, policy: Policy) -> None:
         """Change tail or store of an empty cache.
