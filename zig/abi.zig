@@ -377,6 +377,7 @@ pub fn cache_digest(cache: *Cache, out: *u64) callconv(.c) Status {
 // ---- sequences: abi_sequence.zig ----
 
 pub const cache_fork = sequence.cache_fork;
+pub const cache_cut = sequence.cache_cut;
 pub const cache_restore = sequence.cache_restore;
 pub const cache_shared_bytes = sequence.cache_shared_bytes;
 

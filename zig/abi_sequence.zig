@@ -13,6 +13,12 @@ pub fn cache_fork(cache: *Cache, length: u64, out: *?*Cache) callconv(.c) Status
     return .ok;
 }
 
+/// Takes back the tokens from position `length` on.
+pub fn cache_cut(cache: *Cache, length: u64) callconv(.c) Status {
+    cache.trim_to(length) catch |err| return fail(err);
+    return .ok;
+}
+
 /// Makes `cache` what `saved` is: a fork that was made of it before.
 pub fn cache_restore(cache: *Cache, saved: *Cache) callconv(.c) Status {
     cache.restore(saved) catch |err| return fail(err);

@@ -276,6 +276,14 @@ pub const Cache = struct {
         return removed;
     }
 
+    /// Removes the tokens from position `length` on.
+    pub fn trim_to(cache: *Cache, length: u64) error{ InvalidArgument, OutOfMemory }!void {
+        cache.lock.lock();
+        defer cache.lock.unlock();
+        try cache.check_cut(length);
+        try cache.shrink(cache.cut(length));
+    }
+
     pub fn clear(cache: *Cache) error{OutOfMemory}!void {
         cache.lock.lock();
         defer cache.lock.unlock();

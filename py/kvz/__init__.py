@@ -27,6 +27,7 @@ from kvz.errors import (
     PoolExhaustedError,
 )
 from kvz.info import Info, get_num_threads, info, set_num_threads
+from kvz.model import ModelCache, ModelStats
 from kvz.pool import AlignedBuffer, BufferPool, BufferSize, PooledBuffer, PoolStats, default_pool
 from kvz.pooled import PooledBlock, PooledCache, PooledCacheStats
 from kvz.quantize import QuantizedTensor, quantize
@@ -52,6 +53,8 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidTypeError",
     "KvzError",
+    "ModelCache",
+    "ModelStats",
     "NotFiniteError",
     "NotRepresentableError",
     "OutOfMemoryError",

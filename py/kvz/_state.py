@@ -109,6 +109,11 @@ class CacheState:
             self._core.check(self._core.cache_trim(pointer, count, frame.ref(removed)))
         return removed.value
 
+    def _cut(self, length: int) -> None:
+        """Take back the tokens from position `length` on."""
+        with self._lock, self._handle as pointer, self._core.frame():
+            self._core.check(self._core.cache_cut(pointer, length))
+
     def clear(self) -> None:
         """Forget everything and give the pages back; the next token has position 0."""
         with self._lock, self._handle as pointer, self._core.frame():
