@@ -140,6 +140,29 @@ pub const AttendOptions = extern struct {
     live_tokens: u64 = 0,
 };
 
+/// One `cache_attend` of `attend_many`.
+pub const AttendItem = extern struct {
+    size_bytes: u32 = @sizeOf(AttendItem),
+    query_tokens: u32 = 0,
+    query_heads: u32 = 0,
+    scale: f32 = 0,
+    cache: ?*Cache = null,
+    query: ?[*]const f32 = null,
+    options: ?*const AttendOptions = null,
+    out: ?[*]f32 = null,
+};
+
+/// One `cache_append` of `append_many`.
+pub const AppendItem = extern struct {
+    size_bytes: u32 = @sizeOf(AppendItem),
+    reserved: u32 = 0,
+    tokens: u64 = 0,
+    cache: ?*Cache = null,
+    keys: ?*const anyopaque = null,
+    values: ?*const anyopaque = null,
+    layout: ?*const TokenLayout = null,
+};
+
 pub const CacheStats = extern struct {
     size_bytes: u32 = @sizeOf(CacheStats),
     reserved: u32 = 0,
@@ -261,41 +284,8 @@ pub fn cache_append(
     tokens: u64,
     layout: ?*const TokenLayout,
 ) callconv(.c) Status {
-    const config = &cache.config;
-    const given = if (layout) |l| adopt(
-        TokenLayout,
-        l,
-    ) catch |err| return fail(err) else TokenLayout{
-        .key_token_stride = @as(i64, config.num_kv_heads) * config.head_dim,
-        .key_head_stride = config.head_dim,
-        .value_token_stride = @as(i64, config.num_kv_heads) * config.value_dim,
-        .value_head_stride = config.value_dim,
-    };
-    const k: Input = .{
-        .name = "keys",
-        .base = @intFromPtr(keys),
-        .dtype = config_file.choice(
-            Dtype,
-            "key_dtype",
-            given.key_dtype,
-        ) catch |err| return fail(err),
-        .token_stride = given.key_token_stride,
-        .head_stride = given.key_head_stride,
-        .dim = config.head_dim,
-    };
-    const v: Input = .{
-        .name = "values",
-        .base = @intFromPtr(values),
-        .dtype = config_file.choice(
-            Dtype,
-            "value_dtype",
-            given.value_dtype,
-        ) catch |err| return fail(err),
-        .token_stride = given.value_token_stride,
-        .head_stride = given.value_head_stride,
-        .dim = config.value_dim,
-    };
-    cache.append(k, v, tokens) catch |err| return fail(err);
+    const given = sequence.inputs_of(cache, keys, values, layout) catch |err| return fail(err);
+    cache.append(given.keys, given.values, tokens) catch |err| return fail(err);
     return .ok;
 }
 
@@ -310,23 +300,16 @@ pub fn cache_attend(
     options: ?*const AttendOptions,
     out: [*]f32,
 ) callconv(.c) Status {
-    const given = if (options) |o| adopt(
-        AttendOptions,
-        o,
-    ) catch |err| return fail(err) else AttendOptions{};
-    const request: attend_file.Request = .{
-        .query = query,
+    const item: AttendItem = .{
         .query_tokens = query_tokens,
         .query_heads = query_heads,
         .scale = scale,
-        .options = given,
-        .mask_kind = if (given.mask == null) .none else config_file.choice(
-            MaskKind,
-            "mask_kind",
-            given.mask_kind,
-        ) catch |err| return fail(err),
+        .cache = cache,
+        .query = query,
+        .options = options,
         .out = out,
     };
+    const request = sequence.request_of(&item) catch |err| return fail(err);
     attend_file.attend(cache, &request) catch |err| return fail(err);
     return .ok;
 }
@@ -380,6 +363,8 @@ pub const cache_fork = sequence.cache_fork;
 pub const cache_cut = sequence.cache_cut;
 pub const cache_restore = sequence.cache_restore;
 pub const cache_shared_bytes = sequence.cache_shared_bytes;
+pub const attend_many = sequence.attend_many;
+pub const append_many = sequence.append_many;
 
 // ---- quantization by itself: rows of `dim` f32, packed as key pages of 64 rows ----
 

@@ -1,8 +1,17 @@
-//! The part of the ABI about several caches: forks, and what they share. Exported by abi.zig.
+//! The part of the ABI about several caches: forks, what they share, and calls for many at once.
+//! Exported by abi.zig.
 const abi = @import("abi.zig");
+const append_file = @import("append.zig");
+const attend_file = @import("attend.zig");
+const attend_many_file = @import("attend_many.zig");
+const gpa = @import("memory.zig").gpa;
+const message = @import("message.zig");
 const status_file = @import("status.zig");
 const Cache = abi.Cache;
+const Input = @import("input.zig").Input;
 const Status = abi.Status;
+const adopt = status_file.adopt;
+const choice = @import("config.zig").choice;
 const fail = status_file.fail;
 
 /// Another cache on the same pool, with the first `length` tokens of the stream, and the same pages
@@ -29,4 +38,121 @@ pub fn cache_restore(cache: *Cache, saved: *Cache) callconv(.c) Status {
 pub fn cache_shared_bytes(cache: *Cache, out: *u64) callconv(.c) Status {
     out.* = cache.shared_bytes();
     return .ok;
+}
+
+/// `cache_attend` for `count` items in one go: all of them or none, whose number is then in
+/// `out_failed`. A cache may occur more than once.
+pub fn attend_many(
+    items: [*]const abi.AttendItem,
+    count: u64,
+    out_failed: *u64,
+) callconv(.c) Status {
+    out_failed.* = 0;
+    const given = gpa.alloc(attend_many_file.Item, @intCast(count)) catch |err| return fail(err);
+    defer gpa.free(given);
+    for (given, items, 0..) |*one, *item, i| {
+        out_failed.* = i;
+        const cache = item.cache orelse return fail(null_argument("cache"));
+        one.* = .{ .cache = cache, .request = request_of(item) catch |err| return fail(err) };
+    }
+    var failed: usize = 0;
+    attend_many_file.attend_many(given, &failed) catch |err| {
+        out_failed.* = failed;
+        return fail(err);
+    };
+    return .ok;
+}
+
+/// `cache_append` for `count` items in one go: all of them or none, because of the one whose number
+/// is then in `out_failed`. No cache may occur twice.
+pub fn append_many(
+    items: [*]const abi.AppendItem,
+    count: u64,
+    out_failed: *u64,
+) callconv(.c) Status {
+    out_failed.* = 0;
+    const given = gpa.alloc(append_file.Item, @intCast(count)) catch |err| return fail(err);
+    defer gpa.free(given);
+    for (given, items, 0..) |*one, *item, i| {
+        out_failed.* = i;
+        if (item.size_bytes != @sizeOf(abi.AppendItem)) return fail(error.AbiMismatch);
+        const cache = item.cache orelse return fail(null_argument("cache"));
+        const keys = item.keys orelse return fail(null_argument("keys"));
+        const values = item.values orelse return fail(null_argument("values"));
+        const inputs = inputs_of(cache, keys, values, item.layout) catch |err| return fail(err);
+        one.* = .{
+            .cache = cache,
+            .keys = inputs.keys,
+            .values = inputs.values,
+            .tokens = item.tokens,
+        };
+    }
+    var failed: usize = 0;
+    append_file.append_many(given, &failed) catch |err| {
+        out_failed.* = failed;
+        return fail(err);
+    };
+    return .ok;
+}
+
+const Inputs = struct { keys: Input, values: Input };
+
+/// What an append reads. Without a layout keys and values are f32, contiguous (token, head, dim).
+pub fn inputs_of(
+    cache: *const Cache,
+    keys: *const anyopaque,
+    values: *const anyopaque,
+    layout: ?*const abi.TokenLayout,
+) error{ InvalidArgument, AbiMismatch }!Inputs {
+    const config = &cache.config;
+    const given = if (layout) |l| try adopt(abi.TokenLayout, l) else abi.TokenLayout{
+        .key_token_stride = @as(i64, config.num_kv_heads) * config.head_dim,
+        .key_head_stride = config.head_dim,
+        .value_token_stride = @as(i64, config.num_kv_heads) * config.value_dim,
+        .value_head_stride = config.value_dim,
+    };
+    return .{
+        .keys = .{
+            .name = "keys",
+            .base = @intFromPtr(keys),
+            .dtype = try choice(abi.Dtype, "key_dtype", given.key_dtype),
+            .token_stride = given.key_token_stride,
+            .head_stride = given.key_head_stride,
+            .dim = config.head_dim,
+        },
+        .values = .{
+            .name = "values",
+            .base = @intFromPtr(values),
+            .dtype = try choice(abi.Dtype, "value_dtype", given.value_dtype),
+            .token_stride = given.value_token_stride,
+            .head_stride = given.value_head_stride,
+            .dim = config.value_dim,
+        },
+    };
+}
+
+pub fn request_of(
+    item: *const abi.AttendItem,
+) error{ InvalidArgument, AbiMismatch }!attend_file.Request {
+    if (item.size_bytes != @sizeOf(abi.AttendItem)) return error.AbiMismatch;
+    const options = if (item.options) |o| try adopt(abi.AttendOptions, o) else abi.AttendOptions{};
+    const query = item.query orelse return null_argument("query");
+    const out = item.out orelse return null_argument("out");
+    return .{
+        .query = query,
+        .query_tokens = item.query_tokens,
+        .query_heads = item.query_heads,
+        .scale = item.scale,
+        .options = options,
+        .mask_kind = if (options.mask == null)
+            .none
+        else
+            try choice(abi.MaskKind, "mask_kind", options.mask_kind),
+        .out = out,
+    };
+}
+
+fn null_argument(name: []const u8) error{InvalidArgument} {
+    message.set("{s} is null", .{name});
+    return error.InvalidArgument;
 }

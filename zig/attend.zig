@@ -1,7 +1,8 @@
 //! Attention over a cache. Work is cut into units (a tier's tokens within one chunk of positions)
 //! and blocks of query rows, always in the same way; a unit's result depends on its tokens alone,
 //! and units merge in the order of positions. So a query gives the same bits alone or in a batch,
-//! on one thread or many. Called by abi.zig; calls the kernel table, state.zig, threads.zig.
+//! on one thread or many. Called by abi.zig and attend_many.zig; calls the kernel table, state.zig
+//! and threads.zig.
 const std = @import("std");
 const abi = @import("abi.zig");
 const cache_file = @import("cache.zig");
@@ -44,6 +45,35 @@ pub const Error = error{ InvalidArgument, OutOfMemory, NotFinite };
 
 /// Attends, or says why not and leaves the outputs alone.
 pub fn attend(cache: *Cache, request: *const Request) Error!void {
+    try check_request(cache, request);
+    cache.lock.lockShared();
+    defer cache.lock.unlockShared();
+    try check_held(cache, request);
+    if (request.query_tokens == 0) return;
+    var job: Job = .plan(cache, request);
+    const workers = workers_for(job.bytes *| job.blocks);
+    job.split = workers > 1 and job.block_tasks() < 4 * workers and job.units > 1;
+    const lane_count: usize = @min(workers, job.tasks());
+    const lanes_floats = lane_count * job.lane_floats();
+    const memory = try scratch.acquire(lanes_floats + job.partial_floats());
+    defer scratch.release(memory);
+    var lanes: scratch.Lanes = .init(memory[0..lanes_floats], lane_count);
+    job.lanes = &lanes;
+    job.partials = @alignCast(memory[lanes_floats..]);
+    if (lane_count > 1) {
+        threads.run(@intCast(job.tasks()), &job, Job.run_task);
+    } else for (0..job.tasks()) |task| Job.run_task(&job, @intCast(task));
+    job.finish();
+}
+
+/// Threads worth waking to read so many bytes.
+pub fn workers_for(bytes: usize) usize {
+    if (bytes < parallel_bytes_min) return 1;
+    return @min(threads.thread_count(), scratch.Lanes.count_max);
+}
+
+/// What can be said without looking at what the cache holds.
+pub fn check_request(cache: *const Cache, request: *const Request) Error!void {
     const config = &cache.config;
     if (request.query_heads == 0 or request.query_heads % config.num_kv_heads != 0) {
         message.set("query has {d} heads; expected a multiple of the cache's {d} kv heads", .{
@@ -52,8 +82,10 @@ pub fn attend(cache: *Cache, request: *const Request) Error!void {
         return error.InvalidArgument;
     }
     try check_query(request, config.head_dim);
-    cache.lock.lockShared();
-    defer cache.lock.unlockShared();
+}
+
+/// The rest; the cache is locked.
+pub fn check_held(cache: *const Cache, request: *const Request) error{InvalidArgument}!void {
     if (request.query_tokens > cache.next and cache.next > 0) {
         message.set("query has {d} tokens; the cache has seen only {d}", .{
             request.query_tokens, cache.next,
@@ -68,10 +100,6 @@ pub fn attend(cache: *Cache, request: *const Request) Error!void {
         });
         return error.InvalidArgument;
     }
-    if (request.query_tokens == 0) return;
-    var job: Job = try .init(cache, request);
-    defer job.deinit();
-    job.run();
 }
 
 fn check_query(request: *const Request, dim: usize) error{NotFinite}!void {
@@ -96,8 +124,8 @@ fn check_query(request: *const Request, dim: usize) error{NotFinite}!void {
 
 pub const Unit = struct { tier: usize, start: u64, end: u64 };
 
-/// One call of `attend`.
-const Job = struct {
+/// One request, cut into tasks.
+pub const Job = struct {
     cache: *Cache,
     request: *const Request,
     table: *const kernels.Table,
@@ -108,16 +136,18 @@ const Job = struct {
     blocks: usize,
     rows_max: usize,
     units: usize,
+    /// Bytes that the tokens held take.
+    bytes: usize,
     /// Whether units are tasks of their own, merged afterwards.
     split: bool,
-    memory: []align(64) f32,
-    lanes: scratch.Lanes,
+    /// Where tasks work; shared with other jobs that run at the same time.
+    lanes: *scratch.Lanes,
     /// With `split`: (kv head, block, unit) states.
     partials: []align(64) f32,
 
-    fn init(cache: *Cache, request: *const Request) error{OutOfMemory}!Job {
-        const config = &cache.config;
-        const ratio = request.query_heads / config.num_kv_heads;
+    /// The caller chooses `split` and gives `lanes` and `partials`.
+    pub fn plan(cache: *Cache, request: *const Request) Job {
+        const ratio = request.query_heads / cache.config.num_kv_heads;
         const block_queries = @max(1, task_rows / ratio);
         var job: Job = .{
             .cache = cache,
@@ -128,33 +158,30 @@ const Job = struct {
             .blocks = (request.query_tokens + block_queries - 1) / block_queries,
             .rows_max = @min(block_queries, request.query_tokens) * ratio,
             .units = 0,
+            .bytes = 0,
             .split = false,
-            .memory = undefined,
             .lanes = undefined,
             .partials = &.{},
         };
-        var bytes: usize = 0;
         for (&cache.tiers) |*tier| {
             job.units += unit_count(tier);
             const token_bytes = tier.page_bytes() / @as(usize, @intCast(tier.tokens_per_page));
-            bytes += @as(usize, @intCast(tier.tokens())) * token_bytes * tier.heads;
+            job.bytes += @as(usize, @intCast(tier.tokens())) * token_bytes * tier.heads;
         }
-        const parallel = bytes *| job.blocks >= parallel_bytes_min;
-        const workers = if (parallel) @min(threads.thread_count(), scratch.Lanes.count_max) else 1;
-        const tasks = config.num_kv_heads * job.blocks;
-        job.split = workers > 1 and tasks < 4 * workers and job.units > 1;
-        const lanes: usize = @min(workers, if (job.split) tasks * job.units else tasks);
-        const lane_size = job.lane_floats();
-        const state_floats = State.floats(job.rows_max, job.value_dim());
-        const partial_floats = if (job.split) tasks * job.units * state_floats else 0;
-        job.memory = try scratch.acquire(lanes * lane_size + partial_floats);
-        job.lanes = .init(job.memory[0 .. lanes * lane_size], lanes);
-        job.partials = @alignCast(job.memory[lanes * lane_size ..]);
         return job;
     }
 
-    fn deinit(job: *Job) void {
-        scratch.release(job.memory);
+    /// Blocks of query rows of all kv heads.
+    pub fn block_tasks(job: *const Job) usize {
+        return job.cache.config.num_kv_heads * job.blocks;
+    }
+
+    pub fn tasks(job: *const Job) usize {
+        return job.block_tasks() * if (job.split) job.units else 1;
+    }
+
+    pub fn partial_floats(job: *const Job) usize {
+        return if (job.split) job.tasks() * State.floats(job.rows_max, job.value_dim()) else 0;
     }
 
     fn value_dim(job: *const Job) usize {
@@ -166,7 +193,7 @@ const Job = struct {
     }
 
     /// f32 values that a task works in: a prepared query and three states.
-    fn lane_floats(job: *const Job) usize {
+    pub fn lane_floats(job: *const Job) usize {
         const dim = job.key_dim();
         const groups = std.mem.alignForward(usize, dim / format.group, vec.lanes);
         const query = job.rows_max * (dim + dim / 2 + 2 * groups);
@@ -174,22 +201,19 @@ const Job = struct {
         return std.mem.alignForward(usize, query, vec.lanes) + states;
     }
 
-    fn run(job: *Job) void {
-        const heads = job.cache.config.num_kv_heads;
-        const tasks: u32 = @intCast(heads * job.blocks);
-        const parallel = job.lanes.count > 1;
-        if (job.split) {
-            threads.run(tasks * @as(u32, @intCast(job.units)), job, unit_task);
-            for (0..tasks) |task| job.merge_partials(task);
-        } else if (parallel) {
-            threads.run(tasks, job, block_task);
-        } else for (0..tasks) |task| block_task(job, @intCast(task));
+    /// Tasks are independent and run in any order; `finish` comes after all of them.
+    pub fn run_task(context: *anyopaque, index: u32) void {
+        const job: *Job = @ptrCast(@alignCast(context));
+        if (job.split) job.unit_task(index) else job.block_task(index);
+    }
+
+    pub fn finish(job: *Job) void {
+        if (job.split) for (0..job.block_tasks()) |task| job.merge_partials(task);
         if (job.request.options.mass != null) job.run_mass();
     }
 
     /// A unit's share of one block, kept for `merge_partials`.
-    fn unit_task(context: *anyopaque, index: u32) void {
-        const job: *Job = @ptrCast(@alignCast(context));
+    fn unit_task(job: *Job, index: usize) void {
         const unit = job.unit_at(index % job.units);
         const lane = job.lanes.take();
         defer job.lanes.give(lane);
@@ -211,8 +235,7 @@ const Job = struct {
         work.fold(.kept);
     }
 
-    fn block_task(context: *anyopaque, index: u32) void {
-        const job: *Job = @ptrCast(@alignCast(context));
+    fn block_task(job: *Job, index: usize) void {
         const lane = job.lanes.take();
         defer job.lanes.give(lane);
         var work: Work = .init(job, index, job.lanes.memory(lane));

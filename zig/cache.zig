@@ -7,27 +7,26 @@
 //! sinks, store and tail with the kernels, on the packed bytes, merging with a running softmax;
 //! eviction, `trim` and `clear` give pages back to the **pool**.
 //!
-//! The state depends on the token stream alone, however it was cut into appends. An operation
-//! happens wholly or not at all. Called by abi.zig; calls tier.zig, fill.zig, encode.zig, pool.zig.
+//! The state depends on the token stream alone, however it was cut into appends (and, where tokens
+//! were taken back, on that: docs/architecture.md). An operation happens wholly or not at all.
+//! Called by abi.zig; calls append.zig, tier.zig, encode.zig, pool.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const abi = @import("abi.zig");
+const append_file = @import("append.zig");
 const encode = @import("encode.zig");
 const format = @import("format.zig");
-const fill_file = @import("fill.zig");
 const input_file = @import("input.zig");
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
 const rotate = @import("rotate.zig");
 const sync = @import("sync.zig");
 const tier_file = @import("tier.zig");
+const Append = append_file.Append;
 const Config = @import("config.zig").Config;
 const Input = input_file.Input;
 const Pool = pool_file.Pool;
 const Side = format.Side;
-const Source = fill_file.Source;
-const Workspace = fill_file.Workspace;
-const fill = fill_file.fill;
 const Change = tier_file.Change;
 const Tier = tier_file.Tier;
 
@@ -96,6 +95,11 @@ pub const Cache = struct {
         return &cache.tiers[@backingInt(name)];
     }
 
+    /// The order in which several caches are locked.
+    pub fn before(_: void, a: *Cache, b: *Cache) bool {
+        return @intFromPtr(a) < @intFromPtr(b);
+    }
+
     pub fn len(cache: *const Cache) u64 {
         var tokens: u64 = 0;
         for (cache.tiers) |tier| tokens += tier.tokens();
@@ -105,11 +109,11 @@ pub const Cache = struct {
     // ---- append ----
 
     /// Where everything is after an append.
-    const Plan = struct { next: u64, begin: u64, boundary: u64 };
+    pub const Plan = struct { next: u64, begin: u64, boundary: u64 };
 
     /// The tier rule: batches aligned to position 0 migrate as soon as `tail_length` newer tokens
     /// exist; the oldest tokens beyond `max_tokens` go, sinks never.
-    fn plan(cache: *const Cache, tokens: u64) Plan {
+    pub fn plan(cache: *const Cache, tokens: u64) Plan {
         const config = &cache.config;
         const next = cache.next + tokens;
         var after: Plan = .{ .next = next, .begin = cache.begin, .boundary = cache.boundary };
@@ -123,75 +127,19 @@ pub const Cache = struct {
         return after;
     }
 
-    fn bounds(cache: *const Cache, after: Plan) [tier_count][2]u64 {
+    pub fn bounds(cache: *const Cache, after: Plan) [tier_count][2]u64 {
         const sinks_end = @min(cache.config.sink_tokens, after.next);
         const body = @min(@max(after.begin, sinks_end), after.next);
         const store_end = @max(body, @min(after.boundary, after.next));
         return .{ .{ 0, sinks_end }, .{ body, store_end }, .{ store_end, after.next } };
     }
 
-    /// Numbers that `tokens` tokens bring.
-    fn values_of(cache: *const Cache, tokens: u64) u64 {
-        const config = &cache.config;
-        return tokens *| config.num_kv_heads *| (config.head_dim + config.value_dim);
-    }
-
     /// Appends `tokens` tokens, or changes nothing.
-    pub fn append(cache: *Cache, keys: Input, values: Input, tokens: u64) !void {
+    pub fn append(cache: *Cache, keys: Input, values: Input, tokens: u64) append_file.Error!void {
         cache.lock.lock();
         defer cache.lock.unlock();
-        if (tokens == 0) return;
-        if (tokens > std.math.maxInt(u48) - cache.next) {
-            message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
-            return error.InvalidArgument;
-        }
-        if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
-        try keys.validate(tokens, cache.config.num_kv_heads, cache.key_limit);
-        try values.validate(tokens, cache.config.num_kv_heads, cache.value_limit);
-
-        const after = cache.plan(tokens);
-        const moved = cache.bounds(after);
-        var changes: [tier_count]Change = undefined;
-        var reserved: usize = 0;
-        errdefer for (0..reserved) |t| cache.tiers[t].cancel(cache.gpa, cache.pool, &changes[t]);
-        for (&cache.tiers, moved, &changes) |*tier, bound, *change| {
-            const written = @max(tier.end, bound[0]);
-            change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1], written);
-            reserved += 1;
-        }
-
-        const heads = cache.config.num_kv_heads;
-        var workspace: Workspace = try .init(cache.rows, cache.values_of(tokens), heads);
-        defer workspace.deinit();
-
-        // From here on nothing can fail.
-        const live_before = cache.len();
-        const source: Source = .{
-            .keys = keys,
-            .values = values,
-            .first = cache.next,
-            .tail = cache.tier_of(.tail),
-        };
-        const sinks = cache.tier_of(.sinks);
-        const sinks_before = sinks.end;
-        sinks.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.sinks)]);
-        fill(sinks, sinks_before, sinks.end, &source, &workspace);
-
-        const store = cache.tier_of(.store);
-        const stored_before = store.end;
-        store.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.store)]);
-        // The tail still holds what it held: the batches that migrate are read from there.
-        fill(store, @max(stored_before, store.start), store.end, &source, &workspace);
-
-        const tail = cache.tier_of(.tail);
-        tail.commit(cache.gpa, cache.pool, &changes[@backingInt(TierName.tail)]);
-        fill(tail, @max(cache.next, tail.start), tail.end, &source, &workspace);
-
-        cache.migrated += store.end - @min(store.end, @max(stored_before, sinks.end));
-        cache.evicted += live_before + tokens - cache.len();
-        cache.next = after.next;
-        cache.begin = after.begin;
-        cache.boundary = after.boundary;
+        var pending: Append = try .reserve(cache, keys, values, tokens);
+        pending.commit();
     }
 
     // ---- reading back ----

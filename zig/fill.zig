@@ -1,6 +1,6 @@
 //! Writes the tokens of an append into pages that are already there: rows are read (from the
 //! caller, or from the tail for tokens that migrate), rounded, rotated and packed. kv heads are
-//! shared out among threads; a head's pages are nobody else's. Called by cache.zig; calls the
+//! shared out among threads; a head's pages are nobody else's. Called by append.zig; calls the
 //! kernel table.
 const abi = @import("abi.zig");
 const dispatch = @import("dispatch.zig");

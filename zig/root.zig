@@ -22,7 +22,9 @@ test {
     _ = @import("abi_sequence.zig");
     _ = @import("accumulate.zig");
     _ = @import("ahead.zig");
+    _ = @import("append.zig");
     _ = @import("attend.zig");
+    _ = @import("attend_many.zig");
     _ = @import("cache.zig");
     _ = @import("config.zig");
     _ = @import("cpu.zig");

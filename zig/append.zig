@@ -1,0 +1,174 @@
+//! Appends, in two steps: `reserve` checks the input and gets everything that can be refused, and
+//! `commit` writes. So one append, or one of many caches at once, happens wholly or not at all.
+//! Called by cache.zig and abi_sequence.zig; calls tier.zig and fill.zig.
+const std = @import("std");
+const cache_file = @import("cache.zig");
+const fill_file = @import("fill.zig");
+const gpa = @import("memory.zig").gpa;
+const message = @import("message.zig");
+const threads = @import("threads.zig");
+const tier_file = @import("tier.zig");
+const Cache = cache_file.Cache;
+const Change = tier_file.Change;
+const Input = @import("input.zig").Input;
+const Source = fill_file.Source;
+const Workspace = fill_file.Workspace;
+const fill = fill_file.fill;
+
+pub const Error = error{
+    InvalidArgument,
+    NotFinite,
+    NotRepresentable,
+    OutOfMemory,
+    PoolExhausted,
+};
+
+/// An append that can no longer fail. The cache is locked from `reserve` to `commit` or `cancel`.
+pub const Append = struct {
+    cache: *Cache,
+    keys: Input,
+    values: Input,
+    tokens: u64,
+    after: Cache.Plan,
+    changes: [cache_file.tier_count]Change,
+    workspace: Workspace,
+
+    pub fn reserve(cache: *Cache, keys: Input, values: Input, tokens: u64) Error!Append {
+        const config = &cache.config;
+        if (tokens > std.math.maxInt(u48) - cache.next) {
+            message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
+            return error.InvalidArgument;
+        }
+        if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
+        try keys.validate(tokens, config.num_kv_heads, cache.key_limit);
+        try values.validate(tokens, config.num_kv_heads, cache.value_limit);
+
+        var append: Append = .{
+            .cache = cache,
+            .keys = keys,
+            .values = values,
+            .tokens = tokens,
+            .after = cache.plan(tokens),
+            .changes = undefined,
+            .workspace = undefined,
+        };
+        var reserved: usize = 0;
+        errdefer append.cancel_changes(reserved);
+        const moved = cache.bounds(append.after);
+        for (&cache.tiers, moved, &append.changes) |*tier, bound, *change| {
+            const written = @max(tier.end, bound[0]);
+            change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1], written);
+            reserved += 1;
+        }
+        append.workspace = try .init(cache.rows, append.value_count(), config.num_kv_heads);
+        return append;
+    }
+
+    /// Numbers that the tokens bring.
+    fn value_count(append: *const Append) u64 {
+        const config = &append.cache.config;
+        return append.tokens *| config.num_kv_heads *| (config.head_dim + config.value_dim);
+    }
+
+    pub fn cancel(append: *Append) void {
+        append.cancel_changes(append.changes.len);
+        append.workspace.deinit();
+    }
+
+    fn cancel_changes(append: *Append, count: usize) void {
+        const cache = append.cache;
+        for (cache.tiers[0..count], append.changes[0..count]) |*tier, *change| {
+            tier.cancel(cache.gpa, cache.pool, change);
+        }
+    }
+
+    pub fn commit(append: *Append) void {
+        const cache = append.cache;
+        const live_before = cache.len();
+        const source: Source = .{
+            .keys = append.keys,
+            .values = append.values,
+            .first = cache.next,
+            .tail = cache.tier_of(.tail),
+        };
+        const sinks = cache.tier_of(.sinks);
+        const sinks_before = sinks.end;
+        append.move(.sinks);
+        fill(sinks, sinks_before, sinks.end, &source, &append.workspace);
+
+        const store = cache.tier_of(.store);
+        const stored_before = store.end;
+        append.move(.store);
+        // The tail still holds what it held: the batches that migrate are read from there.
+        fill(store, @max(stored_before, store.start), store.end, &source, &append.workspace);
+
+        const tail = cache.tier_of(.tail);
+        append.move(.tail);
+        fill(tail, @max(cache.next, tail.start), tail.end, &source, &append.workspace);
+        append.workspace.deinit();
+
+        cache.migrated += store.end - @min(store.end, @max(stored_before, sinks.end));
+        cache.evicted += live_before + append.tokens - cache.len();
+        cache.next = append.after.next;
+        cache.begin = append.after.begin;
+        cache.boundary = append.after.boundary;
+    }
+
+    fn move(append: *Append, name: cache_file.TierName) void {
+        const cache = append.cache;
+        cache.tier_of(name).commit(cache.gpa, cache.pool, &append.changes[@backingInt(name)]);
+    }
+};
+
+pub const Item = struct { cache: *Cache, keys: Input, values: Input, tokens: u64 };
+
+/// Appends to every cache, or to none; `failed` tells which one is to blame.
+pub fn append_many(items: []const Item, failed: *usize) Error!void {
+    const caches = try gpa.alloc(*Cache, items.len);
+    defer gpa.free(caches);
+    for (caches, items) |*cache, item| cache.* = item.cache;
+    std.mem.sort(*Cache, caches, {}, Cache.before);
+    for (items, 0..) |item, i| {
+        const at = std.sort.lowerBound(*Cache, caches, item.cache, order);
+        if (at + 1 == caches.len or caches[at + 1] != item.cache) continue;
+        failed.* = i;
+        message.set("the same cache was given twice", .{});
+        return error.InvalidArgument;
+    }
+    for (caches) |cache| cache.lock.lock();
+    defer for (caches) |cache| cache.lock.unlock();
+
+    const appends = try gpa.alloc(Append, items.len);
+    defer gpa.free(appends);
+    for (items, appends, 0..) |item, *append, i| {
+        append.* = Append.reserve(item.cache, item.keys, item.values, item.tokens) catch |err| {
+            failed.* = i;
+            for (appends[0..i]) |*done| done.cancel();
+            return err;
+        };
+    }
+    commit_all(appends);
+}
+
+fn order(cache: *Cache, other: *Cache) std.math.Order {
+    return std.math.order(@intFromPtr(cache), @intFromPtr(other));
+}
+
+/// Long appends share out their heads, one after the other; short ones are a task each.
+fn commit_all(appends: []Append) void {
+    var values: u64 = 0;
+    for (appends) |*append| {
+        if (!append.workspace.borrowed) values += append.value_count();
+    }
+    if (values >= threads.parallel_values_min) {
+        threads.run(@intCast(appends.len), appends.ptr, commit_short);
+    } else for (0..appends.len) |i| commit_short(appends.ptr, @intCast(i));
+    for (appends) |*append| {
+        if (append.workspace.borrowed) append.commit();
+    }
+}
+
+fn commit_short(context: *anyopaque, index: u32) void {
+    const appends: [*]Append = @ptrCast(@alignCast(context));
+    if (!appends[index].workspace.borrowed) appends[index].commit();
+}
