@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kvz.batch import append_many, attend_many
 from kvz.cache import TwoTierCache
 from kvz.config import (
     CacheConfig,
@@ -69,6 +70,8 @@ __all__ = [
     "QuantizedTensor",
     "Transaction",
     "TwoTierCache",
+    "append_many",
+    "attend_many",
     "default_pool",
     "get_num_threads",
     "info",

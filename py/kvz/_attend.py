@@ -1,6 +1,6 @@
 """Attention with options: what `attend` hands to the core when it is not the plain case.
 
-Called by _cache.py; calls arrays.py and _core.py.
+Called by _cache.py and batch.py; calls arrays.py and _core.py.
 """
 
 from __future__ import annotations
@@ -58,6 +58,15 @@ class Arrays(NamedTuple):
 
 def attend(core: Core, call: Call, options: Options) -> Any:
     """Run one call and return out[, lse][, mass]."""
+    given, arrays = prepare(core, call, options)
+    if call.query.size:
+        _run(core, call, given, arrays)
+    results = [x for x in (call.out, arrays.lse, arrays.mass) if x is not None]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def prepare(core: Core, call: Call, options: Options) -> tuple[Any, Arrays]:
+    """Check the options against the query, and make the struct that will take them."""
     given = core.new("AttendOptions", causal=options.causal, live_tokens=call.live_tokens)
     if options.window is not None:
         given.window = as_count(options.window, "window", 1)
@@ -66,12 +75,9 @@ def attend(core: Core, call: Call, options: Options) -> Any:
         if given.softcap <= 0:
             raise InvalidArgumentError(f"softcap: expected more than 0, got {options.softcap!r}")
     arrays = _arrays(call, options)
-    if call.query.size:
-        _run(core, call, given, arrays)
-    elif arrays.mass is not None:
-        arrays.mass[:] = 0  # no queries: nothing was looked at
-    results = [x for x in (call.out, arrays.lse, arrays.mass) if x is not None]
-    return results[0] if len(results) == 1 else tuple(results)
+    if not call.query.size and arrays.mass is not None:
+        arrays.mass[:] = 0  # no queries: nothing is looked at
+    return given, arrays
 
 
 def _arrays(call: Call, options: Options) -> Arrays:
@@ -98,39 +104,46 @@ def _arrays(call: Call, options: Options) -> Arrays:
 
 def _run(core: Core, call: Call, given: Any, arrays: Arrays) -> None:
     """Hand everything to the core."""
-    slopes, sinks, mask, lse, mass = arrays
     with core.frame() as frame:
-        if slopes is not None:
-            given.alibi_slopes = _put(frame, slopes)
-        if sinks is not None:
-            given.sinks = _put(frame, sinks)
-        if mask is not None and mask.size:
-            kind = "boolean" if mask.dtype == np.bool_ else "additive"
-            given.mask_kind = core.enums["MaskKind"][kind]
-            given.mask = _put(frame, mask)
-            given.mask_query_stride = mask.shape[1] * mask.shape[2] if mask.shape[0] > 1 else 0
-            given.mask_head_stride = mask.shape[2] if mask.shape[1] > 1 else 0
-        if lse is not None:
-            given.lse = _out(frame, lse)
-        if mass is not None and mass.size:
-            given.mass = _out(frame, mass)
+        lend(core, frame, given, arrays)
         status = core.cache_attend(
             call.pointer,
-            _put(frame, call.query),
+            put(frame, call.query),
             call.query.shape[0] if call.query.ndim == 3 else 1,
             call.query.shape[-2],
             call.scale,
             frame.ref(given),
-            _out(frame, call.out),
+            take(frame, call.out),
         )
         core.check(status)
 
 
-def _put(frame: Frame, array: NDArray[Any]) -> int:
+def lend(core: Core, frame: Frame, given: Any, arrays: Arrays) -> None:
+    """Lend the arrays of the options to the core."""
+    slopes, sinks, mask, lse, mass = arrays
+    if slopes is not None:
+        given.alibi_slopes = put(frame, slopes)
+    if sinks is not None:
+        given.sinks = put(frame, sinks)
+    if mask is not None and mask.size:
+        kind = "boolean" if mask.dtype == np.bool_ else "additive"
+        given.mask_kind = core.enums["MaskKind"][kind]
+        given.mask = put(frame, mask)
+        given.mask_query_stride = mask.shape[1] * mask.shape[2] if mask.shape[0] > 1 else 0
+        given.mask_head_stride = mask.shape[2] if mask.shape[1] > 1 else 0
+    if lse is not None:
+        given.lse = take(frame, lse)
+    if mass is not None and mass.size:
+        given.mass = take(frame, mass)
+
+
+def put(frame: Frame, array: NDArray[Any]) -> int:
+    """Lend an array for reading."""
     return frame.put(address_of(array), array.nbytes)
 
 
-def _out(frame: Frame, array: NDArray[Any]) -> int:
+def take(frame: Frame, array: NDArray[Any]) -> int:
+    """Lend an array for writing."""
     return frame.out(address_of(array), array.nbytes)
 
 

@@ -72,38 +72,41 @@ class BaseCache(CacheState):
 
     def _append(self, keys: Any, values: Any) -> None:
         """Append arrays of any kind."""
+        k, v, layout = self._inputs_of(keys, values)
+        with self._lock, self._handle as pointer:
+            if not k.shape[0]:
+                return
+            with self._core.frame() as frame:
+                status = self._core.cache_append(
+                    pointer,
+                    frame.put(k.address, k.nbytes),
+                    frame.put(v.address, v.nbytes),
+                    k.shape[0],
+                    frame.ref(layout),
+                )
+                self._core.check(status)
+
+    def _inputs_of(self, keys: Any, values: Any) -> tuple[Borrowed, Borrowed, Any]:
+        """Borrow the keys and values of an append, and say how they lie."""
         k, key_token_stride, key_head_stride = self._tokens_of(keys, "keys", self._head_dim)
         v, value_token_stride, value_head_stride = self._tokens_of(
             values, "values", self._value_dim
         )
-        tokens = k.shape[0]
-        if v.shape[0] != tokens:
+        if v.shape[0] != k.shape[0]:
             raise InvalidArgumentError(
-                f"values: expected as many tokens as keys, {tokens}, got {v.shape[0]}"
+                f"values: expected as many tokens as keys, {k.shape[0]}, got {v.shape[0]}"
             )
-        core = self._core
-        dtypes = core.enums["Dtype"]
-        with self._lock, self._handle as pointer:
-            if not tokens:
-                return
-            layout = core.new(
-                "TokenLayout",
-                key_dtype=dtypes[k.dtype],
-                value_dtype=dtypes[v.dtype],
-                key_token_stride=key_token_stride,
-                key_head_stride=key_head_stride,
-                value_token_stride=value_token_stride,
-                value_head_stride=value_head_stride,
-            )
-            with core.frame() as frame:
-                status = core.cache_append(
-                    pointer,
-                    frame.put(k.address, k.nbytes),
-                    frame.put(v.address, v.nbytes),
-                    tokens,
-                    frame.ref(layout),
-                )
-                core.check(status)
+        dtypes = self._core.enums["Dtype"]
+        layout = self._core.new(
+            "TokenLayout",
+            key_dtype=dtypes[k.dtype],
+            value_dtype=dtypes[v.dtype],
+            key_token_stride=key_token_stride,
+            key_head_stride=key_head_stride,
+            value_token_stride=value_token_stride,
+            value_head_stride=value_head_stride,
+        )
+        return k, v, layout
 
     def _tokens_of(self, given: Any, what: str, dim: int) -> tuple[Borrowed, int, int]:
         """Borrow keys or values as (T, H, dim) or (T, H*dim), and say their two strides."""

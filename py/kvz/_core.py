@@ -109,7 +109,11 @@ class Core:
     def check(self, status: int) -> None:
         """Raise the exception that belongs to a status; call it before any other call."""
         if status:
-            raise self._errors.get(status, KvzError)(self.string(self.last_error()))
+            raise self.error(status)
+
+    def error(self, status: int) -> KvzError:
+        """Return the exception that belongs to a failure; call it before any other call."""
+        return self._errors.get(status, KvzError)(self.string(self.last_error()))
 
     def frame(self) -> Frame:
         """Return a context that lends memory of this process to the core."""
