@@ -219,3 +219,26 @@ def test_batches_in_threads_do_not_wait_for_each_other_forever():
         thread.join(60)
         assert not thread.is_alive()
     assert [cache.next_position for cache in caches] == [600] * 4
+
+
+def test_reorder_keeps_forks_and_closes(core):
+    """Parents go on themselves once, and as forks after that; the childless are closed."""
+    pool = kvz.BufferPool(core=core)
+    caches = [make(core, pool=pool) for _ in range(4)]
+    for i, cache in enumerate(caches):
+        cache.append(*stream(cache.config, 50 + i, i))
+    digests = [cache.digest() for cache in caches]
+    made = kvz.reorder(caches, [3, 1, 1, 3, 1])
+    assert [cache.digest() for cache in made] == [digests[i] for i in (3, 1, 1, 3, 1)]
+    assert made[0] is caches[3]
+    assert made[1] is caches[1]
+    assert len({id(cache) for cache in made}) == 5
+    assert [cache.closed for cache in caches] == [True, False, True, False]
+    tokens = rows(5, 2, 32, 0)
+    kvz.append_many(made, tokens, tokens)
+    for parents in ([5], [-1], [0.5]):
+        with unchanged(*made), pytest.raises(kvz.KvzError, match="parents"):
+            kvz.reorder(made, parents)
+    assert kvz.reorder(made, []) == []
+    close_all(made)
+    assert pool.stats().bytes_in_use == 0

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvz.batch import append_many, attend_many
+from kvz.batch import append_many, attend_many, reorder
 from kvz.cache import TwoTierCache
 from kvz.config import (
     CacheConfig,
@@ -76,6 +76,7 @@ __all__ = [
     "get_num_threads",
     "info",
     "quantize",
+    "reorder",
     "set_num_threads",
 ]
 

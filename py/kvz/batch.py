@@ -9,15 +9,18 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kvz._attend import PLAIN, Arrays, Call, Options, lend, prepare, put, take
 from kvz._cache import BaseCache
 from kvz._core import Core, Frame, Handle
-from kvz.arrays import F32, Floats, as_float32, as_number
+from kvz.arrays import F32, Floats, as_count, as_float32, as_number
 from kvz.errors import InvalidArgumentError, InvalidTypeError, KvzError
+from kvz.model import ModelCache
+
+Fork = TypeVar("Fork", bound="BaseCache | ModelCache")
 
 
 def attend_many(
@@ -76,8 +79,21 @@ def attend_many(
     scale = None if scale is None else as_number(scale, "scale")
     if whole is not None and masks is None and options == PLAIN and _alike(caches, whole):
         return _attend_alike(core, caches, whole, scale)
-    each = _one_per_cache(queries if whole is None else whole, len(caches), "queries")
-    masked = [None] * len(caches) if masks is None else _one_per_cache(masks, len(caches), "masks")
+    return _attend_each(core, caches, queries if whole is None else whole, scale, options, masks)
+
+
+def _attend_each(
+    core: Core,
+    caches: Sequence[BaseCache],
+    queries: Any,
+    scale: float | None,
+    options: Options,
+    masks: Sequence[Any] | None,
+) -> Any:
+    """Attend with options, or with arrays of any kind."""
+    count = len(caches)
+    each = _one_per_cache(queries, count, "queries")
+    masked = [None] * count if masks is None else _one_per_cache(masks, count, "masks")
     with ExitStack() as held:
         if masks is not None or options.return_mass:
             _lock(held, caches)  # no append may come in between
@@ -91,8 +107,8 @@ def attend_many(
                 prepared.append(prepare(core, call, options._replace(mask=mask)))
             calls.append(call)
         outs: Any = [call.out for call in calls]
-        if whole is not None and len({out.shape for out in outs}) == 1:
-            outs = np.empty((len(calls), *outs[0].shape), F32)
+        if isinstance(queries, np.ndarray) and len({out.shape for out in outs}) == 1:
+            outs = np.empty((count, *outs[0].shape), F32)
             calls = [call._replace(out=out) for call, out in zip(calls, outs, strict=True)]
         _attend(core, calls, prepared)
     results = [outs]
@@ -237,6 +253,50 @@ def _append_each(core: Core, caches: Sequence[BaseCache], keys: Any, values: Any
             items["layout"] = [frame.ref(layout) for _, _, layout in inputs]
 
         _run(core, core.append_many, items, lend_all)
+
+
+def reorder(caches: Sequence[Fork], parents: Sequence[int]) -> list[Fork]:
+    """Go on with some of the caches, each as often as it is named: what beam search does.
+
+    A cache that is named goes on itself, and as a fork for every further time; one that is not
+    named is closed.
+
+    Parameters
+    ----------
+    caches : sequence of TwoTierCache, PooledCache or ModelCache
+    parents : sequence of int
+        Places in `caches`.
+
+    Returns
+    -------
+    list
+        One cache for each of `parents`.
+
+    Examples
+    --------
+    >>> import kvz
+    >>> a, b, c = (kvz.TwoTierCache(head_dim=64) for _ in range(3))
+    >>> beams = kvz.reorder([a, b, c], [2, 0, 0])
+    >>> beams[0] is c, beams[1] is a, beams[2] is a, b.closed
+    (True, True, False, True)
+    """
+    chosen = [as_count(parent, "parents") for parent in parents]
+    if chosen and max(chosen) >= len(caches):
+        raise InvalidArgumentError(f"parents: expected below {len(caches)}, got {max(chosen)}")
+    made: list[Any] = []
+    try:
+        for i, parent in enumerate(chosen):
+            first = parent not in chosen[:i]
+            made.append(caches[parent] if first else caches[parent].fork())
+    except BaseException:
+        for cache in made:
+            if not any(cache is one for one in caches):
+                cache.close()
+        raise
+    for i, cache in enumerate(caches):
+        if i not in chosen:
+            cache.close()
+    return made
 
 
 def _plain_tokens(caches: Sequence[BaseCache], array: Any, side: int) -> bool:
