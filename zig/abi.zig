@@ -184,6 +184,19 @@ pub const CacheStats = extern struct {
     overhead_bytes: u64 = 0,
 };
 
+/// What the pages of a cache are: for each tier the tokens that a page covers, and the bytes that
+/// the pages of all kv heads take.
+pub const CacheLayout = extern struct {
+    size_bytes: u32 = @sizeOf(CacheLayout),
+    reserved: u32 = 0,
+    sink_page_tokens: u64 = 0,
+    sink_page_bytes: u64 = 0,
+    store_page_tokens: u64 = 0,
+    store_page_bytes: u64 = 0,
+    tail_page_tokens: u64 = 0,
+    tail_page_bytes: u64 = 0,
+};
+
 pub const Info = extern struct {
     size_bytes: u32 = @sizeOf(Info),
     cpu_count: u32 = 0,
@@ -362,6 +375,7 @@ pub fn cache_digest(cache: *Cache, out: *u64) callconv(.c) Status {
 pub const cache_fork = sequence.cache_fork;
 pub const cache_cut = sequence.cache_cut;
 pub const cache_restore = sequence.cache_restore;
+pub const cache_layout = sequence.cache_layout;
 pub const cache_shared_bytes = sequence.cache_shared_bytes;
 pub const attend_many = sequence.attend_many;
 pub const append_many = sequence.append_many;

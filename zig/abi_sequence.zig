@@ -1,5 +1,6 @@
 //! The part of the ABI about several caches: forks, what they share, and calls for many at once.
 //! Exported by abi.zig.
+const std = @import("std");
 const abi = @import("abi.zig");
 const append_file = @import("append.zig");
 const attend_file = @import("attend.zig");
@@ -8,11 +9,14 @@ const gpa = @import("memory.zig").gpa;
 const message = @import("message.zig");
 const status_file = @import("status.zig");
 const Cache = abi.Cache;
+const Config = @import("config.zig").Config;
 const Input = @import("input.zig").Input;
 const Status = abi.Status;
 const adopt = status_file.adopt;
 const choice = @import("config.zig").choice;
 const fail = status_file.fail;
+const page_bytes = @import("pool.zig").page_bytes;
+const Tier = @import("tier.zig").Tier;
 
 /// Another cache on the same pool, with the first `length` tokens of the stream, and the same pages
 /// until one of the two has to change one. All tokens if `length` is 2^64 - 1.
@@ -38,6 +42,28 @@ pub fn cache_restore(cache: *Cache, saved: *Cache) callconv(.c) Status {
 pub fn cache_shared_bytes(cache: *Cache, out: *u64) callconv(.c) Status {
     out.* = cache.shared_bytes();
     return .ok;
+}
+
+/// The pages that a cache of this configuration would have.
+pub fn cache_layout(config: *const abi.CacheConfig, out: *abi.CacheLayout) callconv(.c) Status {
+    const given = adopt(abi.CacheConfig, config) catch |err| return fail(err);
+    const checked = Config.check(given) catch |err| return fail(err);
+    const sinks, const store, const tail = checked.tiers();
+    return status_file.hand_out(abi.CacheLayout, out, .{
+        .sink_page_tokens = sinks.tokens_per_page,
+        .sink_page_bytes = pool_bytes(&sinks),
+        .store_page_tokens = store.tokens_per_page,
+        .store_page_bytes = pool_bytes(&store),
+        .tail_page_tokens = tail.tokens_per_page,
+        .tail_page_bytes = pool_bytes(&tail),
+    });
+}
+
+/// What the pool counts for one page of every head.
+fn pool_bytes(tier: *const Tier) u64 {
+    // A size that no pool would grant is more than any budget.
+    const bytes = page_bytes(tier.page_bytes()) catch return std.math.maxInt(u48);
+    return tier.heads * @as(u64, bytes);
 }
 
 /// `cache_attend` for `count` items in one go: all of them or none, whose number is then in

@@ -29,6 +29,7 @@ from kvz.errors import (
 )
 from kvz.info import Info, get_num_threads, info, set_num_threads
 from kvz.model import ModelCache, ModelStats
+from kvz.plan import Plan, plan
 from kvz.pool import AlignedBuffer, BufferPool, BufferSize, PooledBuffer, PoolStats, default_pool
 from kvz.pooled import PooledBlock, PooledCache, PooledCacheStats
 from kvz.quantize import QuantizedTensor, quantize
@@ -59,6 +60,7 @@ __all__ = [
     "NotFiniteError",
     "NotRepresentableError",
     "OutOfMemoryError",
+    "Plan",
     "PoolExhaustedError",
     "PoolStats",
     "PooledBlock",
@@ -75,6 +77,7 @@ __all__ = [
     "default_pool",
     "get_num_threads",
     "info",
+    "plan",
     "quantize",
     "reorder",
     "set_num_threads",

@@ -65,27 +65,12 @@ class CacheState:
 
     def _configure(self, config: CacheConfig) -> None:
         """Make the cache in the core, empty."""
-        core, formats = self._core, self._core.enums["Format"]
+        core = self._core
         self._heads, self._head_dim = config.num_kv_heads, config.head_dim
         self._value_dim = config.value_dim or config.head_dim
         self._scale = 1 / math.sqrt(self._head_dim)
         self._token = (self._heads, self._head_dim), (self._heads, self._value_dim)
-        given = core.new(
-            "CacheConfig",
-            kind=core.enums["CacheKind"][self._kind],
-            num_kv_heads=self._heads,
-            head_dim=self._head_dim,
-            value_dim=self._value_dim,
-            tail_format=formats[str(config.tail_precision)],
-            key_format=formats[str(config.key_precision)],
-            value_format=formats[str(config.value_precision)],
-            max_tokens=config.max_tokens,
-            tail_length=config.tail_length,
-            migration_batch=config.migration_batch,
-            sink_tokens=config.sink_tokens,
-            tokens_per_block=self._tokens_per_block,
-            rotation=core.enums["Rotation"][config.rotation],
-        )
+        given = config_struct(core, config, self._kind, self._tokens_per_block)
         with self._pool._handle as pool, core.frame() as frame:
             pointer = core.create("cache_new", frame.ref(given), pool)
         self._handle = Handle(type(self).__name__, pointer, core.cache_free)
@@ -298,3 +283,24 @@ class CacheState:
         if self._value_dim != self._head_dim:
             dims += f"/{self._value_dim}"
         return f"{self._heads} head{'s' * (self._heads > 1)} x {dims}"
+
+
+def config_struct(core: Core, config: CacheConfig, kind: str, tokens_per_block: int) -> Any:
+    """Make an abi.CacheConfig; `kind` is one of abi.CacheKind."""
+    formats = core.enums["Format"]
+    return core.new(
+        "CacheConfig",
+        kind=core.enums["CacheKind"][kind],
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        value_dim=config.value_dim or config.head_dim,
+        tail_format=formats[str(config.tail_precision)],
+        key_format=formats[str(config.key_precision)],
+        value_format=formats[str(config.value_precision)],
+        max_tokens=config.max_tokens,
+        tail_length=config.tail_length,
+        migration_batch=config.migration_batch,
+        sink_tokens=config.sink_tokens,
+        tokens_per_block=tokens_per_block,
+        rotation=core.enums["Rotation"][config.rotation],
+    )

@@ -96,7 +96,7 @@ class ModelCache:
         core: str | None = None,
         **config_fields: Any,
     ) -> None:
-        configs = _configs_of(config, num_layers)
+        configs = configs_of(config, num_layers)
         if pool is None:
             pool = default_pool(load(core).name)
         layers: list[TwoTierCache] = []
@@ -288,7 +288,7 @@ class ModelCache:
         )
 
 
-def _configs_of(
+def configs_of(
     config: CacheConfig | Iterable[CacheConfig] | None, num_layers: int | None
 ) -> list[CacheConfig | None]:
     """One configuration per layer; None where fields alone make it."""
