@@ -148,6 +148,37 @@ class CacheMachine(RuleBasedStateMachine):
         if swap:
             self.switch(len(self.others) - 1)
 
+    @rule(back=st.integers(-40, 200), length=st.integers(1, 30), undo=st.booleans())
+    def pin(self, back: int, length: int, undo: bool) -> None:
+        """Pin what is held or yet to come; refused where it was evicted or leaves no room."""
+        start = max(self.model.next_position - back, 0)
+        if undo:
+            self.real.unpin(start, start + length)
+            self.model.unpin(start, start + length)
+            return
+        try:
+            self.model.pin(start, start + length)
+        except ValueError:
+            with unchanged(self.real), pytest.raises(kvz.InvalidArgumentError, match="pin"):
+                self.real.pin(start, start + length)
+            return
+        self.real.pin(start, start + length)
+
+    @precondition(lambda self: len(self.model.evictable()))
+    @rule(seed=seeds, part=st.sampled_from([0.0, 0.1, 0.5, 1.0]), first=st.integers(0, 200))
+    def evict(self, seed: int, part: float, first: int) -> None:
+        """Evict some single tokens, and a run of them; a token that may not go stops all."""
+        may = self.model.evictable()
+        np.testing.assert_array_equal(self.real.evictable, may)
+        some = may[np.random.default_rng(seed).random(len(may)) < part]
+        gone = np.union1d(some, may[first : first + 20])
+        stays = np.setdiff1d(np.arange(self.model.next_position + 1), may)
+        if seed % 5 == 0:
+            with unchanged(self.real), pytest.raises(kvz.InvalidArgumentError, match="evict"):
+                self.real.evict(np.append(gone, stays[seed % len(stays)]))
+        assert self.real.evict(np.random.default_rng(seed).permutation(gone)) == len(gone)
+        self.model.evict(gone)
+
     @rule(n=counts, seed=seeds, back=st.integers(0, 80), how=st.sampled_from(ENDS))
     def transaction(self, n: int, seed: int, back: int, how: str) -> None:
         """Append and trim in a transaction; unless it is kept, nothing has happened."""

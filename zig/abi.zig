@@ -12,6 +12,7 @@ const config_file = @import("config.zig");
 const dispatch = @import("dispatch.zig");
 const format = @import("format.zig");
 const gpa = @import("memory.zig").gpa;
+const inspect = @import("inspect.zig");
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
 const quantize_file = @import("quantize.zig");
@@ -139,6 +140,9 @@ pub const AttendOptions = extern struct {
     /// number by now.
     live_tokens: u64 = 0,
 };
+
+/// Positions [start, end).
+pub const Range = @import("kept.zig").Range;
 
 /// One `cache_attend` of `attend_many`.
 pub const AttendItem = extern struct {
@@ -353,14 +357,12 @@ pub fn cache_clear(cache: *Cache) callconv(.c) Status {
 }
 
 pub fn cache_stats(cache: *Cache, out: *CacheStats) callconv(.c) Status {
-    var stats: CacheStats = .{};
-    cache.stats(&stats);
-    return hand_out(CacheStats, out, stats);
+    return hand_out(CacheStats, out, inspect.stats(cache));
 }
 
 /// `corrupt` with a message where an invariant does not hold.
 pub fn cache_check(cache: *Cache) callconv(.c) Status {
-    cache.check() catch |err| return fail(err);
+    inspect.check(cache) catch |err| return fail(err);
     return .ok;
 }
 
@@ -375,6 +377,11 @@ pub fn cache_digest(cache: *Cache, out: *u64) callconv(.c) Status {
 pub const cache_fork = sequence.cache_fork;
 pub const cache_cut = sequence.cache_cut;
 pub const cache_restore = sequence.cache_restore;
+pub const cache_pin = sequence.cache_pin;
+pub const cache_unpin = sequence.cache_unpin;
+pub const cache_evict = sequence.cache_evict;
+pub const cache_runs = sequence.cache_runs;
+pub const cache_pins = sequence.cache_pins;
 pub const cache_layout = sequence.cache_layout;
 pub const cache_shared_bytes = sequence.cache_shared_bytes;
 pub const attend_many = sequence.attend_many;

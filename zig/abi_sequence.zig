@@ -5,7 +5,9 @@ const abi = @import("abi.zig");
 const append_file = @import("append.zig");
 const attend_file = @import("attend.zig");
 const attend_many_file = @import("attend_many.zig");
+const evict = @import("evict.zig");
 const gpa = @import("memory.zig").gpa;
+const inspect = @import("inspect.zig");
 const message = @import("message.zig");
 const status_file = @import("status.zig");
 const Cache = abi.Cache;
@@ -40,7 +42,60 @@ pub fn cache_restore(cache: *Cache, saved: *Cache) callconv(.c) Status {
 
 /// Bytes of the pages of this cache that others (forks, open transactions) hold too.
 pub fn cache_shared_bytes(cache: *Cache, out: *u64) callconv(.c) Status {
-    out.* = cache.shared_bytes();
+    out.* = inspect.shared_bytes(cache);
+    return .ok;
+}
+
+/// Evicts neither the tokens in [start, end) that are held nor those that are yet to come.
+pub fn cache_pin(cache: *Cache, start: u64, end: u64) callconv(.c) Status {
+    evict.pin(cache, .{ .start = start, .end = end }) catch |err| return fail(err);
+    return .ok;
+}
+
+/// Undoes `cache_pin` for [start, end).
+pub fn cache_unpin(cache: *Cache, start: u64, end: u64) callconv(.c) Status {
+    evict.unpin(cache, .{ .start = start, .end = end }) catch |err| return fail(err);
+    return .ok;
+}
+
+/// Evicts all positions of `count` ranges, which are in order, or none.
+pub fn cache_evict(cache: *Cache, ranges: [*]const abi.Range, count: u64) callconv(.c) Status {
+    evict.evict(cache, ranges[0..@intCast(count)]) catch |err| return fail(err);
+    return .ok;
+}
+
+/// The runs of positions that are held: sinks, any number kept behind the window, store, tail; some
+/// may be empty. Writes the first `capacity` of them, and how many there are.
+pub fn cache_runs(
+    cache: *Cache,
+    out: ?[*]abi.Range,
+    capacity: u64,
+    out_count: *u64,
+) callconv(.c) Status {
+    cache.lock.lockShared();
+    defer cache.lock.unlockShared();
+    out_count.* = cache.run_count();
+    const target = out orelse return .ok;
+    for (0..@intCast(@min(capacity, cache.run_count()))) |i| {
+        target[i] = .{ .start = cache.run(i).start, .end = cache.run(i).end };
+    }
+    return .ok;
+}
+
+/// The same for pinned ranges.
+pub fn cache_pins(
+    cache: *Cache,
+    out: ?[*]abi.Range,
+    capacity: u64,
+    out_count: *u64,
+) callconv(.c) Status {
+    cache.lock.lockShared();
+    defer cache.lock.unlockShared();
+    const pins = evict.pins_of(cache);
+    out_count.* = pins.len;
+    const target = out orelse return .ok;
+    const count: usize = @intCast(@min(capacity, pins.len));
+    @memcpy(target[0..count], pins[0..count]);
     return .ok;
 }
 

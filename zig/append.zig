@@ -3,6 +3,7 @@
 //! Called by cache.zig and abi_sequence.zig; calls tier.zig and fill.zig.
 const std = @import("std");
 const cache_file = @import("cache.zig");
+const evict = @import("evict.zig");
 const fill_file = @import("fill.zig");
 const gpa = @import("memory.zig").gpa;
 const message = @import("message.zig");
@@ -11,6 +12,7 @@ const tier_file = @import("tier.zig");
 const Cache = cache_file.Cache;
 const Change = tier_file.Change;
 const Input = @import("input.zig").Input;
+const Kept = @import("kept.zig").Kept;
 const Source = fill_file.Source;
 const Workspace = fill_file.Workspace;
 const fill = fill_file.fill;
@@ -30,25 +32,24 @@ pub const Append = struct {
     values: Input,
     tokens: u64,
     after: Cache.Plan,
+    /// What is kept behind the window then.
+    kept: ?*Kept,
     changes: [cache_file.tier_count]Change,
     workspace: Workspace,
 
     pub fn reserve(cache: *Cache, keys: Input, values: Input, tokens: u64) Error!Append {
-        const config = &cache.config;
-        if (tokens > std.math.maxInt(u48) - cache.next) {
-            message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
-            return error.InvalidArgument;
-        }
-        if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
-        try keys.validate(tokens, config.num_kv_heads, cache.key_limit);
-        try values.validate(tokens, config.num_kv_heads, cache.value_limit);
-
+        try check_input(cache, keys, values, tokens);
+        var after = cache.plan(tokens);
+        const window = try evict.after_append(cache, tokens, after.begin);
+        after.begin = window.begin;
+        errdefer if (window.kept) |kept| kept.release(cache.gpa, cache.pool);
         var append: Append = .{
             .cache = cache,
             .keys = keys,
             .values = values,
             .tokens = tokens,
-            .after = cache.plan(tokens),
+            .after = after,
+            .kept = window.kept,
             .changes = undefined,
             .workspace = undefined,
         };
@@ -60,7 +61,7 @@ pub const Append = struct {
             change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1], written);
             reserved += 1;
         }
-        append.workspace = try .init(cache.rows, append.value_count(), config.num_kv_heads);
+        append.workspace = try .init(cache.rows, append.value_count(), cache.config.num_kv_heads);
         return append;
     }
 
@@ -73,6 +74,7 @@ pub const Append = struct {
     pub fn cancel(append: *Append) void {
         append.cancel_changes(append.changes.len);
         append.workspace.deinit();
+        if (append.kept) |kept| kept.release(append.cache.gpa, append.cache.pool);
     }
 
     fn cancel_changes(append: *Append, count: usize) void {
@@ -106,6 +108,7 @@ pub const Append = struct {
         append.move(.tail);
         fill(tail, @max(cache.next, tail.start), tail.end, &source, &append.workspace);
         append.workspace.deinit();
+        cache.replace_kept(append.kept);
 
         cache.migrated += store.end - @min(store.end, @max(stored_before, sinks.end));
         cache.evicted += live_before + append.tokens - cache.len();
@@ -119,6 +122,40 @@ pub const Append = struct {
         cache.tier_of(name).commit(cache.gpa, cache.pool, &append.changes[@backingInt(name)]);
     }
 };
+
+fn check_input(cache: *const Cache, keys: Input, values: Input, tokens: u64) Error!void {
+    const config = &cache.config;
+    if (tokens > std.math.maxInt(u48) - cache.next) {
+        message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
+        return error.InvalidArgument;
+    }
+    if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
+    try keys.validate(tokens, config.num_kv_heads, cache.key_limit);
+    try values.validate(tokens, config.num_kv_heads, cache.value_limit);
+}
+
+/// An append of more tokens than leave room for what is kept behind the window: piece by piece,
+/// and all back where it was if one of them fails. The cache is locked.
+pub fn in_pieces(cache: *Cache, keys: Input, values: Input, tokens: u64) Error!void {
+    try check_input(cache, keys, values, tokens);
+    var saved: Cache = undefined;
+    saved.gpa = cache.gpa;
+    saved.pool = cache.pool;
+    saved.share_from(cache);
+    const piece_max = evict.append_tokens_max(cache);
+    var done: u64 = 0;
+    while (done < tokens) {
+        const piece = @min(piece_max, tokens - done);
+        var append = Append.reserve(cache, keys.from(done), values.from(done), piece) catch |err| {
+            cache.drop_contents();
+            cache.take_from(&saved);
+            return err;
+        };
+        append.commit();
+        done += piece;
+    }
+    saved.drop_contents();
+}
 
 pub const Item = struct { cache: *Cache, keys: Input, values: Input, tokens: u64 };
 
@@ -138,6 +175,9 @@ pub fn append_many(items: []const Item, failed: *usize) Error!void {
     for (caches) |cache| cache.lock.lock();
     defer for (caches) |cache| cache.lock.unlock();
 
+    for (items) |item| {
+        if (item.tokens > evict.append_tokens_max(item.cache)) return many_in_pieces(items, failed);
+    }
     const appends = try gpa.alloc(Append, items.len);
     defer gpa.free(appends);
     for (items, appends, 0..) |item, *append, i| {
@@ -148,6 +188,28 @@ pub fn append_many(items: []const Item, failed: *usize) Error!void {
         };
     }
     commit_all(appends);
+}
+
+/// One after the other, and all back where they were if one of them fails.
+fn many_in_pieces(items: []const Item, failed: *usize) Error!void {
+    const saved = try gpa.alloc(Cache, items.len);
+    defer gpa.free(saved);
+    for (saved, items) |*state, item| {
+        state.gpa = item.cache.gpa;
+        state.pool = item.cache.pool;
+        state.share_from(item.cache);
+    }
+    for (items, 0..) |item, i| {
+        in_pieces(item.cache, item.keys, item.values, item.tokens) catch |err| {
+            failed.* = i;
+            for (items, saved) |other, *state| {
+                other.cache.drop_contents();
+                other.cache.take_from(state);
+            }
+            return err;
+        };
+    }
+    for (saved) |*state| state.drop_contents();
 }
 
 fn order(cache: *Cache, other: *Cache) std.math.Order {

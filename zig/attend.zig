@@ -122,7 +122,8 @@ fn check_query(request: *const Request, dim: usize) error{NotFinite}!void {
     }
 }
 
-pub const Unit = struct { tier: usize, start: u64, end: u64 };
+/// Tokens of one run of the cache.
+pub const Unit = struct { run: usize, start: u64, end: u64 };
 
 /// One request, cut into tasks.
 pub const Job = struct {
@@ -163,7 +164,8 @@ pub const Job = struct {
             .lanes = undefined,
             .partials = &.{},
         };
-        for (&cache.tiers) |*tier| {
+        for (0..cache.run_count()) |i| {
+            const tier = cache.run(i);
             job.units += unit_count(tier);
             const token_bytes = tier.page_bytes() / @as(usize, @intCast(tier.tokens_per_page));
             job.bytes += @as(usize, @intCast(tier.tokens())) * token_bytes * tier.heads;
@@ -218,7 +220,7 @@ pub const Job = struct {
         const lane = job.lanes.take();
         defer job.lanes.give(lane);
         var work: Work = .init(job, index / job.units, job.lanes.memory(lane));
-        work.prepare_rows(&job.cache.tiers[unit.tier]);
+        work.prepare_rows(job.cache.run(unit.run));
         work.run_unit(unit, job.partial(index));
     }
 
@@ -244,20 +246,22 @@ pub const Job = struct {
 
     fn unit_at(job: *const Job, index: usize) Unit {
         var rest = index;
-        for (&job.cache.tiers, 0..) |*tier, t| {
-            const units = unit_count(tier);
-            if (rest >= units) {
-                rest -= units;
-                continue;
-            }
-            const chunk = tier.start / chunk_tokens + rest;
-            return .{
-                .tier = t,
-                .start = @max(tier.start, chunk * chunk_tokens),
-                .end = @min(tier.end, (chunk + 1) * chunk_tokens),
-            };
+        for (0..job.cache.run_count()) |i| {
+            const units = unit_count(job.cache.run(i));
+            if (rest < units) return job.unit_of(i, rest);
+            rest -= units;
         }
         unreachable;
+    }
+
+    fn unit_of(job: *const Job, run: usize, index: usize) Unit {
+        const tier = job.cache.run(run);
+        const chunk = tier.start / chunk_tokens + index;
+        return .{
+            .run = run,
+            .start = @max(tier.start, chunk * chunk_tokens),
+            .end = @min(tier.end, (chunk + 1) * chunk_tokens),
+        };
     }
 
     /// The probabilities of all tokens, in a second pass: one kv head after the other, its queries
@@ -339,15 +343,21 @@ pub const Work = struct {
         const job = work.job;
         work.total.reset();
         var index: usize = 0;
-        for (&job.cache.tiers) |*tier| {
+        var prepared: ?format.Half = null;
+        for (0..job.cache.run_count()) |run| {
+            const tier = job.cache.run(run);
             const count = unit_count(tier);
             if (count == 0) continue;
             const state = if (index == 0) work.total else work.tier_state;
-            if (units == .computed) work.prepare_rows(tier);
+            if (units == .computed and !std.meta.eql(prepared, tier.key)) work.prepare_rows(tier);
+            prepared = tier.key;
             for (0..count) |i| {
                 const next = switch (units) {
                     .kept => work.kept_unit(index),
-                    .computed => work.computed_unit(index, if (i == 0) state else work.unit_state),
+                    .computed => work.computed_unit(
+                        job.unit_of(run, i),
+                        if (i == 0) state else work.unit_state,
+                    ),
                 };
                 if (i > 0) state.merge(next) else if (units == .kept) state.take(next);
                 index += 1;
@@ -366,8 +376,8 @@ pub const Work = struct {
         return work.job.partial(task * work.job.units + index).first_rows(work.rows);
     }
 
-    fn computed_unit(work: *Work, index: usize, state: State) State {
-        work.run_unit(work.job.unit_at(index), state);
+    fn computed_unit(work: *Work, unit: Unit, state: State) State {
+        work.run_unit(unit, state);
         return state;
     }
 
@@ -425,7 +435,7 @@ pub const Work = struct {
     }
 
     fn run_unit(work: *Work, unit: Unit, state: State) void {
-        const tier = &work.job.cache.tiers[unit.tier];
+        const tier = work.job.cache.run(unit.run);
         const mine = state.first_rows(work.rows);
         mine.reset();
         const range = work.seen(unit);
@@ -446,14 +456,13 @@ pub const Work = struct {
     fn fold_mass(work: *Work) void {
         const totals = work.unit_state.top; // free in this pass
         for (totals, 0..) |*sum, r| sum.* = work.total.total(r);
-        var index: usize = 0;
-        for (&work.job.cache.tiers) |*tier| {
+        for (0..work.job.cache.run_count()) |run| {
+            const tier = work.job.cache.run(run);
             const count = unit_count(tier);
             if (count == 0) continue;
             work.prepare_rows(tier);
-            for (0..count) |_| {
-                const unit = work.job.unit_at(index);
-                index += 1;
+            for (0..count) |i| {
+                const unit = work.job.unit_of(run, i);
                 const range = work.seen(unit);
                 var position = range.start;
                 while (position < range.end) {

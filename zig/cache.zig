@@ -9,12 +9,13 @@
 //!
 //! The state depends on the token stream alone, however it was cut into appends (and, where tokens
 //! were taken back, on that: docs/architecture.md). An operation happens wholly or not at all.
-//! Called by abi.zig; calls append.zig, tier.zig, encode.zig, pool.zig.
+//! Called by abi.zig and inspect.zig; calls append.zig, evict.zig,
+//! tier.zig, encode.zig, pool.zig.
 const std = @import("std");
 const assert = std.debug.assert;
-const abi = @import("abi.zig");
 const append_file = @import("append.zig");
 const encode = @import("encode.zig");
+const evict = @import("evict.zig");
 const format = @import("format.zig");
 const input_file = @import("input.zig");
 const message = @import("message.zig");
@@ -25,6 +26,7 @@ const tier_file = @import("tier.zig");
 const Append = append_file.Append;
 const Config = @import("config.zig").Config;
 const Input = input_file.Input;
+const Kept = @import("kept.zig").Kept;
 const Pool = pool_file.Pool;
 const Side = format.Side;
 const Change = tier_file.Change;
@@ -49,6 +51,8 @@ pub const Cache = struct {
     boundary: u64 = 0,
     evicted: u64 = 0,
     migrated: u64 = 0,
+    /// Tokens that stay behind the window, and which never leave; null if there are none.
+    kept: ?*Kept = null,
     /// Rows on their way into a page: (64, dim) f32, for keys and values in turn.
     rows: []align(64) f32,
     /// Largest magnitudes that every tier can hold.
@@ -85,7 +89,7 @@ pub const Cache = struct {
     }
 
     pub fn destroy(cache: *Cache) void {
-        for (&cache.tiers) |*tier| tier.deinit(cache.gpa, cache.pool);
+        cache.drop_contents();
         cache.pool.release();
         cache.gpa.free(cache.rows);
         cache.gpa.destroy(cache);
@@ -100,9 +104,36 @@ pub const Cache = struct {
         return @intFromPtr(a) < @intFromPtr(b);
     }
 
+    pub fn kept_runs(cache: *const Cache) []Tier {
+        return if (cache.kept) |kept| kept.runs else &.{};
+    }
+
+    pub fn replace_kept(cache: *Cache, kept: ?*Kept) void {
+        if (cache.kept) |old| old.release(cache.gpa, cache.pool);
+        cache.kept = kept;
+    }
+
+    pub fn run_count(cache: *const Cache) usize {
+        return tier_count + cache.kept_runs().len;
+    }
+
+    /// All that is held, in the order of positions: sinks, what is kept behind the window, store,
+    /// tail.
+    pub fn run(cache: *const Cache, index: usize) *const Tier {
+        const kept = cache.kept_runs();
+        if (index == 0) return &cache.tiers[0];
+        return if (index <= kept.len) &kept[index - 1] else &cache.tiers[index - kept.len];
+    }
+
+    /// The tier that eviction takes from.
+    pub fn body(cache: *const Cache) *const Tier {
+        const name: TierName = if (cache.config.kind == .two_tier) .store else .tail;
+        return &cache.tiers[@backingInt(name)];
+    }
+
     pub fn len(cache: *const Cache) u64 {
         var tokens: u64 = 0;
-        for (cache.tiers) |tier| tokens += tier.tokens();
+        for (0..cache.run_count()) |i| tokens += cache.run(i).tokens();
         return tokens;
     }
 
@@ -129,15 +160,17 @@ pub const Cache = struct {
 
     pub fn bounds(cache: *const Cache, after: Plan) [tier_count][2]u64 {
         const sinks_end = @min(cache.config.sink_tokens, after.next);
-        const body = @min(@max(after.begin, sinks_end), after.next);
-        const store_end = @max(body, @min(after.boundary, after.next));
-        return .{ .{ 0, sinks_end }, .{ body, store_end }, .{ store_end, after.next } };
+        const start = @min(@max(after.begin, sinks_end), after.next);
+        const store_end = @max(start, @min(after.boundary, after.next));
+        return .{ .{ 0, sinks_end }, .{ start, store_end }, .{ store_end, after.next } };
     }
 
     /// Appends `tokens` tokens, or changes nothing.
     pub fn append(cache: *Cache, keys: Input, values: Input, tokens: u64) append_file.Error!void {
         cache.lock.lock();
         defer cache.lock.unlock();
+        const tokens_max = evict.append_tokens_max(cache);
+        if (tokens > tokens_max) return append_file.in_pieces(cache, keys, values, tokens);
         var pending: Append = try .reserve(cache, keys, values, tokens);
         pending.commit();
     }
@@ -165,7 +198,8 @@ pub const Cache = struct {
         }
         const config = &cache.config;
         var index: u64 = 0;
-        for (&cache.tiers) |*tier| {
+        for (0..cache.run_count()) |r| {
+            const tier = cache.run(r);
             defer index += tier.tokens();
             const from = @max(first, index);
             const to = @min(first + tokens, index + tier.tokens());
@@ -216,12 +250,18 @@ pub const Cache = struct {
         cache.lock.lock();
         defer cache.lock.unlock();
         const removed = @min(tokens, cache.len());
-        const sinks = cache.tier_of(.sinks);
-        const body = cache.len() - sinks.tokens();
-        // All of the body, and some sinks: then what was evicted between them is gone too.
-        const next = if (removed > body) sinks.end - (removed - body) else cache.next - removed;
-        try cache.shrink(cache.cut(next));
-        return removed;
+        if (removed == 0) return 0;
+        var rest = removed;
+        var i = cache.run_count();
+        while (true) {
+            i -= 1;
+            const oldest = cache.run(i);
+            if (rest <= oldest.tokens()) {
+                try cache.cut(oldest.end - rest);
+                return removed;
+            }
+            rest -= oldest.tokens();
+        }
     }
 
     /// Removes the tokens from position `length` on.
@@ -229,31 +269,38 @@ pub const Cache = struct {
         cache.lock.lock();
         defer cache.lock.unlock();
         try cache.check_cut(length);
-        try cache.shrink(cache.cut(length));
+        try cache.cut(length);
     }
 
     pub fn clear(cache: *Cache) error{OutOfMemory}!void {
         cache.lock.lock();
         defer cache.lock.unlock();
-        try cache.shrink(.{ .next = 0, .begin = 0, .boundary = 0 });
+        cache.move(.{ .next = 0, .begin = 0, .boundary = 0 }) catch return error.OutOfMemory;
+        cache.replace_kept(null);
         cache.evicted = 0;
         cache.migrated = 0;
     }
 
-    fn shrink(cache: *Cache, after: Plan) error{OutOfMemory}!void {
+    /// Takes back the tokens from position `length` on. What stays keeps its bits and its tier.
+    fn cut(cache: *Cache, length: u64) error{OutOfMemory}!void {
+        const kept = try evict.after_cut(cache, length);
+        errdefer if (kept) |k| k.release(cache.gpa, cache.pool);
+        cache.move(.{
+            .next = length,
+            .begin = @min(cache.begin, length),
+            .boundary = @min(cache.boundary, length),
+        }) catch return error.OutOfMemory; // nothing is added, so no pool is full
+        cache.replace_kept(kept);
+    }
+
+    /// Moves all bounds at once, or changes nothing. Pages that come are zeroed.
+    pub fn move(cache: *Cache, after: Plan) pool_file.Error!void {
         const moved = cache.bounds(after);
         var changes: [tier_count]Change = undefined;
         var reserved: usize = 0;
         errdefer for (0..reserved) |t| cache.tiers[t].cancel(cache.gpa, cache.pool, &changes[t]);
         for (&cache.tiers, moved, &changes) |*tier, bound, *change| {
-            change.* = tier.reserve(
-                cache.gpa,
-                cache.pool,
-                bound[0],
-                bound[1],
-                bound[1],
-            ) catch return error.OutOfMemory;
-            assert(change.added == 0);
+            change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1], bound[1]);
             reserved += 1;
         }
         for (&cache.tiers, &changes) |*tier, *change| tier.commit(cache.gpa, cache.pool, change);
@@ -278,7 +325,7 @@ pub const Cache = struct {
             if (length != whole) try cache.check_cut(length);
             other.share_from(cache);
         }
-        if (length < other.next) try other.shrink(other.cut(length));
+        if (length < other.next) try other.cut(length);
         return other;
     }
 
@@ -298,105 +345,46 @@ pub const Cache = struct {
         }
         cache.lock.lock();
         defer cache.lock.unlock();
-        for (&cache.tiers) |*tier| tier.deinit(cache.gpa, cache.pool);
+        cache.drop_contents();
         cache.take_from(&state);
     }
 
+    /// Gives up all that `take_from` takes.
+    pub fn drop_contents(cache: *Cache) void {
+        for (&cache.tiers) |*tier| tier.deinit(cache.gpa, cache.pool);
+        cache.replace_kept(null);
+    }
+
     /// Takes all that `restore` changes, and owns it.
-    fn take_from(cache: *Cache, source: *const Cache) void {
+    pub fn take_from(cache: *Cache, source: *const Cache) void {
         cache.tiers = source.tiers;
         cache.next = source.next;
         cache.begin = source.begin;
         cache.boundary = source.boundary;
         cache.evicted = source.evicted;
         cache.migrated = source.migrated;
+        cache.kept = source.kept;
     }
 
-    fn share_from(cache: *Cache, source: *const Cache) void {
+    pub fn share_from(cache: *Cache, source: *const Cache) void {
         cache.take_from(source);
         for (&cache.tiers, &source.tiers) |*tier, *shared| tier.* = shared.share();
+        if (cache.kept) |kept| _ = kept.retain();
     }
 
     /// Refuses a length of the stream that would need tokens which were evicted.
     fn check_cut(cache: *const Cache, length: u64) error{InvalidArgument}!void {
-        const sinks = &cache.tiers[@backingInt(TierName.sinks)];
-        const first = cache.next - (cache.len() - sinks.tokens());
-        if (length <= sinks.end or (length >= first and length <= cache.next)) return;
-        const text = "length is {d}; expected up to {d} or from {d} to {d}, as tokens are held";
-        message.set(text, .{ length, sinks.end, first, cache.next });
+        const first = @min(@max(cache.begin, cache.tiers[0].end), cache.next);
+        if (length >= first and length <= cache.next) return;
+        for (0..cache.run_count()) |i| {
+            const held = cache.run(i);
+            if (length >= held.start and length <= held.end and held.tokens() > 0) return;
+        }
+        if (length == 0) return;
+        message.set(
+            "length is {d}; expected the end of tokens that are held, as {d} to {d}",
+            .{ length, first, cache.next },
+        );
         return error.InvalidArgument;
-    }
-
-    /// Where everything is when the tokens from position `length` on are taken back. What stays
-    /// keeps its bits and its tier.
-    fn cut(cache: *const Cache, length: u64) Plan {
-        return .{
-            .next = length,
-            .begin = @min(cache.begin, length),
-            .boundary = @min(cache.boundary, length),
-        };
-    }
-
-    // ---- looking ----
-
-    pub fn stats(cache: *Cache, out: *abi.CacheStats) void {
-        cache.lock.lockShared();
-        defer cache.lock.unlockShared();
-        const sinks, const store, const tail = .{
-            &cache.tiers[0],
-            &cache.tiers[1],
-            &cache.tiers[2],
-        };
-        out.* = .{
-            .total_tokens = cache.len(),
-            .sink_tokens = sinks.tokens(),
-            .store_tokens = store.tokens(),
-            .tail_tokens = tail.tokens(),
-            .next_position = cache.next,
-            .first_position = store.start,
-            .sink_bytes = sinks.page_count() * sinks.page_bytes(),
-            .store_bytes = store.page_count() * store.page_bytes(),
-            .tail_bytes = tail.page_count() * tail.page_bytes(),
-            .page_count = sinks.page_count() + store.page_count() + tail.page_count(),
-            .evicted_tokens = cache.evicted,
-            .migrated_tokens = cache.migrated,
-            .overhead_bytes = @sizeOf(Cache) + cache.rows.len * @sizeOf(f32),
-        };
-        for (&cache.tiers) |*tier| out.overhead_bytes += tier.overhead_bytes();
-    }
-
-    /// Bytes of pages that other caches hold too.
-    pub fn shared_bytes(cache: *Cache) u64 {
-        cache.lock.lockShared();
-        defer cache.lock.unlockShared();
-        var bytes: u64 = 0;
-        for (&cache.tiers) |*tier| bytes += tier.shared_bytes();
-        return bytes;
-    }
-
-    /// Whether every invariant holds; the message names the first that does not.
-    pub fn check(cache: *Cache) error{Corrupt}!void {
-        cache.lock.lockShared();
-        defer cache.lock.unlockShared();
-        for (&cache.tiers, [_][]const u8{ "sinks", "store", "tail" }) |*tier, name| {
-            if (tier.consistent()) continue;
-            message.set("the page table of the {s} does not match its positions", .{name});
-            return error.Corrupt;
-        }
-        const sinks, const store, const tail = .{
-            &cache.tiers[0],
-            &cache.tiers[1],
-            &cache.tiers[2],
-        };
-        const in_order = sinks.start == 0 and sinks.end <= store.start and
-            store.end == tail.start and tail.end == cache.next and
-            sinks.end <= cache.config.sink_tokens;
-        if (!in_order or cache.len() > cache.config.max_tokens or cache.boundary > cache.next) {
-            const text = "out of order: sinks to {d}, store {d} to {d}, tail {d} to {d}, next {d}";
-            message.set(text, .{
-                sinks.end, store.start, store.end, tail.start, tail.end, cache.next,
-            });
-            return error.Corrupt;
-        }
     }
 };

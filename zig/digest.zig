@@ -1,6 +1,7 @@
 //! A hash of a cache's state. Called by abi.zig.
 const std = @import("std");
 const Cache = @import("cache.zig").Cache;
+const evict = @import("evict.zig");
 const format = @import("format.zig");
 const Half = format.Half;
 const Hash = std.hash.XxHash64;
@@ -13,7 +14,12 @@ pub fn digest(cache: *Cache) u64 {
     var hash = Hash.init(0);
     hash_int(&hash, cache.next);
     hash_int(&hash, cache.boundary);
-    for (&cache.tiers) |*tier| {
+    for (evict.pins_of(cache)) |pin| {
+        hash_int(&hash, pin.start);
+        hash_int(&hash, pin.end);
+    }
+    for (0..cache.run_count()) |i| {
+        const tier = cache.run(i);
         hash_int(&hash, tier.start);
         hash_int(&hash, tier.end);
         for ([_]Half{ tier.key, tier.value }) |half| {

@@ -38,6 +38,13 @@ pub const Input = struct {
         return in.base +% @as(usize, @truncate(distance));
     }
 
+    /// The same without the first `tokens` tokens.
+    pub fn from(in: *const Input, tokens: u64) Input {
+        var rest = in.*;
+        rest.base = in.address(tokens, 0);
+        return rest;
+    }
+
     /// The rows of `count` tokens of one head.
     pub fn rows(in: *const Input, token: u64, head: usize, count: usize) rows_file.Rows {
         return in.rows_at(in.address(token, head), in.token_stride, count);

@@ -31,10 +31,13 @@ test {
     _ = @import("digest.zig");
     _ = @import("dispatch.zig");
     _ = @import("encode.zig");
+    _ = @import("evict.zig");
     _ = @import("exp2.zig");
     _ = @import("fill.zig");
     _ = @import("format.zig");
     _ = @import("input.zig");
+    _ = @import("inspect.zig");
+    _ = @import("kept.zig");
     _ = @import("kernels.zig");
     _ = @import("manifest.zig");
     _ = @import("memory.zig");

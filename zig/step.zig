@@ -220,9 +220,10 @@ pub const Step = struct {
     /// Index of slot 0 among the live tokens; negative where slot 0 is not live.
     fn column(step: *const Step) i64 {
         var before: u64 = 0;
-        for (&step.work.job.cache.tiers) |*tier| {
-            if (tier == step.tier) break;
-            before += tier.tokens();
+        const cache = step.work.job.cache;
+        for (0..cache.run_count()) |i| {
+            if (cache.run(i) == step.tier) break;
+            before += cache.run(i).tokens();
         }
         const index: i64 = @intCast(before);
         return index + @as(i64, @intCast(step.window.base)) - @as(i64, @intCast(step.tier.start));

@@ -43,6 +43,30 @@ pub const Tier = struct {
         return other;
     }
 
+    /// The positions [start, end) of this tier, in the same pages, for a holder that never writes.
+    pub fn part(
+        tier: *const Tier,
+        gpa: Allocator,
+        pool: *Pool,
+        start: u64,
+        end: u64,
+    ) error{OutOfMemory}!Tier {
+        assert(start >= tier.start and start < end and end <= tier.end);
+        const wanted = tier.numbers(start, end);
+        const from: usize = @intCast(wanted.first - tier.first_page);
+        const count: usize = @intCast(wanted.end - wanted.first);
+        const table: *Table = try .create(gpa, count);
+        errdefer table.release(gpa, pool, tier.shape());
+        table.share_rows(tier.rows[from..][0..count]);
+        var other = tier.*;
+        other.start = start;
+        other.end = end;
+        other.first_page = wanted.first;
+        other.table = table;
+        other.rows = table.live();
+        return other;
+    }
+
     pub fn tokens(tier: *const Tier) u64 {
         return tier.end - tier.start;
     }
@@ -57,16 +81,6 @@ pub const Tier = struct {
 
     pub fn page_count(tier: *const Tier) usize {
         return tier.rows.len * tier.heads;
-    }
-
-    /// Bytes of pages that other tables hold too.
-    pub fn shared_bytes(tier: *const Tier) u64 {
-        const table = tier.table orelse return 0;
-        var shared: u64 = if (table.alone()) 0 else tier.rows.len;
-        if (shared == 0) for (tier.rows) |row| {
-            shared += @intFromBool(!row.alone());
-        };
-        return shared * tier.heads * tier.page_bytes();
     }
 
     pub fn overhead_bytes(tier: *const Tier) usize {
@@ -372,13 +386,11 @@ test "the first to append to a shared row writes in place, the next copies that 
     var b = a.share();
     defer b.deinit(gpa, pool);
     try std.testing.expectEqual(3 * row_bytes, pool.stats().bytes_in_use);
-    try std.testing.expectEqual(3 * row_bytes, b.shared_bytes());
 
     try move(&b, pool, 0, 43);
     try std.testing.expectEqual(3 * row_bytes, pool.stats().bytes_in_use);
     try move(&a, pool, 0, 42);
     try std.testing.expectEqual(4 * row_bytes, pool.stats().bytes_in_use);
-    try std.testing.expectEqual(2 * row_bytes, a.shared_bytes());
     try move(&b, pool, 20, 41);
     try move(&b, pool, 20, 70);
     try expect_stamps(&a);

@@ -1,6 +1,6 @@
 """The verbs of `TwoTierCache` and `PooledCache`: checks of shapes, arrays in and out.
 
-Called by cache.py and pooled.py; calls _state.py, arrays.py, _attend.py and _core.py.
+Called by cache.py and pooled.py; calls _evict.py, arrays.py, _attend.py and _core.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvz._attend import PLAIN, Call, Options, attend
-from kvz._state import CacheState
+from kvz._evict import EvictingCache
 from kvz.arrays import F32, Borrowed, Floats, address_of, as_count, as_float32, as_number, borrow
 from kvz.errors import InvalidArgumentError, InvalidTypeError
 from kvz.pool import AlignedBuffer
@@ -21,7 +21,7 @@ _byte_of: Any = ctypes.c_char.from_buffer
 _address = ctypes.addressof
 
 
-class BaseCache(CacheState):
+class BaseCache(EvictingCache):
     """The verbs of both caches. Not for direct use."""
 
     # -- Writing ---------------------------------------------------------------------------------
@@ -264,18 +264,17 @@ class BaseCache(CacheState):
         """
         first, last = as_count(start, "start"), as_count(stop, "stop")
         with self._lock:
-            now = self._core_stats()
-            gap = now.next_position - now.total_tokens  # evicted positions, after the sinks
-            whole = first >= now.sink_tokens + gap or last <= now.sink_tokens or not gap
-            if not first <= last <= now.next_position or not (whole or first == last):
-                sinks = f"0 to {now.sink_tokens} and " if now.sink_tokens and gap else ""
-                begin = now.sink_tokens + gap if gap else 0
-                raise InvalidArgumentError(
-                    f"start, stop: expected a range of positions held, {sinks}{begin} to "
-                    f"{now.next_position}, got {first} to {last}"
-                )
-            index = first if first < now.sink_tokens or not gap else first - gap
-            return self._get(max(index, 0) if last > first else 0, last - first)
+            runs, index = self._runs(), 0
+            for begin, end in runs:
+                if begin <= first <= last <= end:
+                    return self._get(index + first - begin, last - first)
+                index += end - begin
+            if first == last <= self.next_position:
+                return self._get(0, 0)
+            held = " and ".join(f"{begin} to {end}" for begin, end in runs) or "none"
+            raise InvalidArgumentError(
+                f"start, stop: expected a range of positions held, {held}, got {first} to {last}"
+            )
 
     def get_all_kv_aligned(self) -> tuple[AlignedBuffer, AlignedBuffer]:
         """Return what `get_all_kv` does, flat, at addresses that are multiples of 64."""

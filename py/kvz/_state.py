@@ -205,11 +205,30 @@ class CacheState:
     @property
     def positions(self) -> NDArray[np.int64]:
         """The positions of the tokens held, oldest first: (T,) int64."""
-        now = self._core_stats()
-        body = now.total_tokens - now.sink_tokens
-        positions = np.arange(now.total_tokens, dtype=np.int64)
-        positions[now.sink_tokens :] += now.next_position - body - now.sink_tokens
-        return positions
+        runs = [np.arange(start, stop, dtype=np.int64) for start, stop in self._runs()]
+        return np.concatenate(runs) if runs else np.zeros(0, np.int64)
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """Return the ranges of positions held, in order and apart from each other."""
+        joined: list[tuple[int, int]] = []
+        for start, stop in self._ranges(self._core.cache_runs):
+            if joined and joined[-1][1] == start:
+                joined[-1] = joined[-1][0], stop
+            elif start < stop:
+                joined.append((start, stop))
+        return joined
+
+    def _ranges(self, function: Any) -> list[tuple[int, int]]:
+        """Ask the core for ranges of which it alone knows how many there are."""
+        count, capacity = ctypes.c_uint64(4), 0
+        with self._lock, self._handle as pointer:  # no append may come in between
+            while count.value > capacity:
+                capacity = count.value
+                out = np.zeros((capacity, 2), np.uint64)
+                with self._core.frame() as frame:
+                    target = frame.out(out.ctypes.data, out.nbytes)
+                    self._core.check(function(pointer, target, capacity, frame.ref(count)))
+        return [(int(start), int(stop)) for start, stop in out[: count.value]]
 
     @property
     def nbytes(self) -> int:

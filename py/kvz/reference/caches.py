@@ -17,8 +17,9 @@ from kvz.reference.formats import Floats, Format, round_to
 class Tiers(NamedTuple):
     """Where everything lies. Positions count the stream from 0 and are never renumbered.
 
-    The first `sinks` positions stay for ever. Of the others, those before `first` are evicted,
-    those from there to `boundary` are in the store, those from `boundary` to `tokens` in the tail.
+    The first `sinks` positions stay for ever. Of the others, those before `boundary` are in the
+    store, those from there to `tokens` in the tail. Eviction has reached `first`: before it only
+    sinks, pinned tokens and what an explicit eviction spared are held; from there on all are.
     """
 
     tokens: int = 0  # the position that the next token will have
@@ -26,29 +27,21 @@ class Tiers(NamedTuple):
     first: int = 0
 
     def after_append(self, count: int, config: Any, *, has_store: bool = True) -> Tiers:
-        """Give the tiers with `count` more tokens.
+        """Give the tiers with `count` more tokens, before anything is evicted.
 
         A batch of `migration_batch` positions, aligned to position 0, leaves the tail as soon as
-        `tail_length` newer tokens exist outside it. Eviction is exact to the token. Neither looks
-        at anything but the number of tokens, so it does not matter how they were cut into appends.
+        `tail_length` newer tokens exist outside it. The rule looks at nothing but the number of
+        tokens, so it does not matter how they were cut into appends.
         """
-        tokens, boundary, first = self.tokens + count, self.boundary, self.first
+        tokens, boundary = self.tokens + count, self.boundary
         batch = config.migration_batch
         if has_store and tokens >= config.tail_length:
             boundary = max(boundary, (tokens - config.tail_length) // batch * batch)
-        if tokens > config.max_tokens:
-            first = max(first, tokens - (config.max_tokens - config.sink_tokens))
-        return Tiers(tokens, boundary, first)
+        return Tiers(tokens, boundary, self.first)
 
     def after_trim(self, newest: int) -> Tiers:
         """Give the tiers when `newest`, and all that came after it, are taken back."""
         return Tiers(newest, min(self.boundary, newest), min(self.first, newest))
-
-    def live(self, config: Any) -> NDArray[np.int64]:
-        """List the positions held, oldest first."""
-        sinks = min(config.sink_tokens, self.tokens)
-        body = np.arange(max(self.first, sinks), self.tokens)
-        return np.concatenate([np.arange(sinks), body]).astype(np.int64)
 
 
 # -- 5. Attention --------------------------------------------------------------------------------
@@ -186,6 +179,7 @@ class ReferenceCache:
         """Forget everything; the next token has position 0."""
         heads = self.config.num_kv_heads
         self.tiers = Tiers()
+        self.pins: frozenset[int] = frozenset()  # positions, held or yet to come
         self.positions = np.zeros(0, np.int64)  # of the tokens held, oldest first
         self._keys = np.zeros((0, heads, self.head_dim), np.float32)  # as they read back now
         self._values = np.zeros((0, heads, self.value_dim), np.float32)
@@ -213,9 +207,63 @@ class ReferenceCache:
         moves = (positions >= max(before.boundary, sinks)) & (positions < self.tiers.boundary)
         k[moves] = self.key_format.stored(k[moves])
         v[moves] = self.value_format.stored(v[moves])
-        # Eviction.
-        held = np.isin(positions, self.tiers.live(self.config))
-        self.positions, self._keys, self._values = positions[held], k[held], v[held]
+        # Eviction: the oldest go, exact to the token; sinks and pinned tokens never.
+        self.positions, self._keys, self._values = positions, k, v
+        excess = len(positions) - self.config.max_tokens
+        if excess > 0:
+            self._forget(positions[self._loose()][:excess])
+
+    def _loose(self) -> NDArray[np.bool_]:
+        """Tell which of the tokens held are neither sinks nor pinned."""
+        pinned = np.isin(self.positions, list(self.pins))
+        loose: NDArray[np.bool_] = (self.positions >= self.config.sink_tokens) & ~pinned
+        return loose
+
+    def _forget(self, gone: NDArray[np.int64]) -> None:
+        """Evict positions."""
+        held = ~np.isin(self.positions, gone)
+        if gone.max() >= max(self.tiers.first, self.config.sink_tokens):
+            self.tiers = self.tiers._replace(first=int(gone.max()) + 1)
+        self.positions, self._keys, self._values = (
+            x[held] for x in (self.positions, self._keys, self._values)
+        )
+
+    def pin(self, start: int, stop: int) -> None:
+        """Never evict the positions from `start` to `stop` - 1.
+
+        Raises
+        ------
+        ValueError
+            One of them was evicted, or no token would be left that could be.
+        """
+        config = self.config
+        wanted = np.arange(start, stop)
+        past = wanted[wanted < self.tiers.tokens]
+        pins = self.pins | set(wanted.tolist())
+        pinned = sum(position >= config.sink_tokens for position in pins)
+        tail = config.tail_length + config.migration_batch - 1 if self.has_store else 0
+        if not np.isin(past, self.positions).all():
+            raise ValueError("pin: expected positions that are held or yet to come")
+        if pins != self.pins and config.sink_tokens + pinned + tail >= config.max_tokens:
+            raise ValueError("pin: expected to leave room for tokens that may be evicted")
+        self.pins = frozenset(pins)
+
+    def unpin(self, start: int, stop: int) -> None:
+        """Let these positions be evicted in their turn."""
+        self.pins = self.pins - set(range(start, stop))
+
+    def evictable(self) -> NDArray[np.int64]:
+        """List the positions that `evict` takes: of the store, if there is one."""
+        packed = self.positions < self.tiers.boundary if self.has_store else True
+        return self.positions[self._loose() & packed]
+
+    def evict(self, gone: ArrayLike) -> None:
+        """Evict positions, all of which must be evictable."""
+        positions = np.unique(np.asarray(gone, np.int64))
+        if not np.isin(positions, self.evictable()).all():
+            raise ValueError("positions: expected evictable ones")
+        if len(positions):
+            self._forget(positions)
 
     def _rows(self, what: str, given: ArrayLike, dim: int, store: Format) -> Floats:
         """Check one side of an append and bring it to (T, H, dim) float32."""
@@ -308,7 +356,9 @@ class ReferenceCache:
         """
         tokens, sinks = self.tiers.tokens, min(self.config.sink_tokens, self.tiers.tokens)
         length = tokens if length is None else length
-        if not (length <= sinks or max(self.tiers.first, sinks) <= length <= tokens):
+        ends = np.concatenate([[0], self.positions, self.positions + 1])
+        in_window = min(max(self.tiers.first, sinks), tokens) <= length <= tokens
+        if not in_window and length not in ends:
             raise ValueError(f"length: expected that of a prefix held, got {length}")
         other = copy(self)
         other._take_back(length)
