@@ -138,7 +138,7 @@ class _Layer:
         # It begins at a multiple of the batch, and so at worst this far into a page.
         offset = size - math.gcd(config.migration_batch, size)
         longest = config.tail_length + config.migration_batch - 1
-        return -(-(offset + longest) // size)
+        return -(-(offset + longest) // size) if longest else 0
 
 
 def _pages(start: int, stop: int, size: int) -> int:
