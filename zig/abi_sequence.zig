@@ -3,7 +3,6 @@
 const std = @import("std");
 const abi = @import("abi.zig");
 const append_file = @import("append.zig");
-const attend_file = @import("attend.zig");
 const attend_many_file = @import("attend_many.zig");
 const evict = @import("evict.zig");
 const gpa = @import("memory.zig").gpa;
@@ -18,6 +17,7 @@ const adopt = status_file.adopt;
 const choice = @import("config.zig").choice;
 const fail = status_file.fail;
 const page_bytes = @import("pool.zig").page_bytes;
+const Request = @import("request.zig").Request;
 const Tier = @import("tier.zig").Tier;
 
 /// Another cache on the same pool, with the first `length` tokens of the stream, and the same pages
@@ -214,7 +214,7 @@ pub fn inputs_of(
 
 pub fn request_of(
     item: *const abi.AttendItem,
-) error{ InvalidArgument, AbiMismatch }!attend_file.Request {
+) error{ InvalidArgument, AbiMismatch }!Request {
     if (item.size_bytes != @sizeOf(abi.AttendItem)) return error.AbiMismatch;
     const options = if (item.options) |o| try adopt(abi.AttendOptions, o) else abi.AttendOptions{};
     const query = item.query orelse return null_argument("query");

@@ -4,19 +4,20 @@
 //! on one thread or many. Called by abi.zig and attend_many.zig; calls the kernel table, state.zig
 //! and threads.zig.
 const std = @import("std");
-const abi = @import("abi.zig");
 const cache_file = @import("cache.zig");
 const dispatch = @import("dispatch.zig");
 const format = @import("format.zig");
 const kernels = @import("kernels.zig");
-const message = @import("message.zig");
 const prepare = @import("prepare.zig");
+const request_file = @import("request.zig");
 const score = @import("score.zig");
 const scratch = @import("scratch.zig");
 const softmax = @import("softmax.zig");
 const threads = @import("threads.zig");
 const vec = @import("vec.zig");
 const Cache = cache_file.Cache;
+const Error = request_file.Error;
+const Request = request_file.Request;
 const State = @import("state.zig").State;
 const step_file = @import("step.zig");
 const Step = step_file.Step;
@@ -31,24 +32,12 @@ const task_rows = 64;
 /// Below this many bytes of tokens, waking other threads costs more than it gains.
 const parallel_bytes_min = 1 << 20;
 
-pub const Request = struct {
-    query: [*]const f32, // (query_tokens, query_heads, head_dim)
-    query_tokens: usize,
-    query_heads: usize,
-    scale: f32,
-    options: abi.AttendOptions,
-    mask_kind: abi.MaskKind,
-    out: [*]f32, // (query_tokens, query_heads, value_dim)
-};
-
-pub const Error = error{ InvalidArgument, OutOfMemory, NotFinite };
-
 /// Attends, or says why not and leaves the outputs alone.
 pub fn attend(cache: *Cache, request: *const Request) Error!void {
-    try check_request(cache, request);
+    try request_file.check(cache, request);
     cache.lock.lockShared();
     defer cache.lock.unlockShared();
-    try check_held(cache, request);
+    try request_file.check_held(cache, request);
     if (request.query_tokens == 0) return;
     var job: Job = .plan(cache, request);
     const workers = workers_for(job.bytes *| job.blocks);
@@ -70,56 +59,6 @@ pub fn attend(cache: *Cache, request: *const Request) Error!void {
 pub fn workers_for(bytes: usize) usize {
     if (bytes < parallel_bytes_min) return 1;
     return @min(threads.thread_count(), scratch.Lanes.count_max);
-}
-
-/// What can be said without looking at what the cache holds.
-pub fn check_request(cache: *const Cache, request: *const Request) Error!void {
-    const config = &cache.config;
-    if (request.query_heads == 0 or request.query_heads % config.num_kv_heads != 0) {
-        message.set("query has {d} heads; expected a multiple of the cache's {d} kv heads", .{
-            request.query_heads, config.num_kv_heads,
-        });
-        return error.InvalidArgument;
-    }
-    try check_query(request, config.head_dim);
-}
-
-/// The rest; the cache is locked.
-pub fn check_held(cache: *const Cache, request: *const Request) error{InvalidArgument}!void {
-    if (request.query_tokens > cache.next and cache.next > 0) {
-        message.set("query has {d} tokens; the cache has seen only {d}", .{
-            request.query_tokens, cache.next,
-        });
-        return error.InvalidArgument;
-    }
-    const options = &request.options;
-    const sized = request.mask_kind != .none or options.mass != null;
-    if (sized and options.live_tokens != cache.len()) {
-        message.set("mask or mass is for {d} tokens; the cache holds {d}", .{
-            options.live_tokens, cache.len(),
-        });
-        return error.InvalidArgument;
-    }
-}
-
-fn check_query(request: *const Request, dim: usize) error{NotFinite}!void {
-    const rows = request.query_tokens * request.query_heads;
-    const finite = dispatch.table().check(&.{
-        .rows = .{
-            .first = @intFromPtr(request.query),
-            .stride_bytes = @intCast(dim * @sizeOf(f32)),
-            .dtype = @backingInt(abi.Dtype.f32),
-            .count = rows,
-            .dim = dim,
-        },
-        .limit = std.math.floatMax(f32),
-    });
-    if (finite) return;
-    for (request.query[0 .. rows * dim], 0..) |x, i| {
-        if (std.math.isFinite(x)) continue;
-        message.set("query: value {d} is {d}; expected finite values", .{ i, x });
-        return error.NotFinite;
-    }
 }
 
 /// Tokens of one run of the cache.
@@ -431,7 +370,7 @@ pub const Work = struct {
 
     /// How far ahead of a unit this thread goes on reading.
     fn ahead_end(work: *const Work, unit: Unit) u64 {
-        return if (work.job.split) unit.end else work.job.cache.tiers[unit.tier].end;
+        return if (work.job.split) unit.end else work.job.cache.run(unit.run).end;
     }
 
     fn run_unit(work: *Work, unit: Unit, state: State) void {

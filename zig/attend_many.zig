@@ -5,27 +5,28 @@ const std = @import("std");
 const assert = std.debug.assert;
 const attend = @import("attend.zig");
 const gpa = @import("memory.zig").gpa;
+const request_file = @import("request.zig");
 const scratch = @import("scratch.zig");
 const threads = @import("threads.zig");
 const Cache = @import("cache.zig").Cache;
 const Job = attend.Job;
 
-pub const Item = struct { cache: *Cache, request: attend.Request };
+pub const Item = struct { cache: *Cache, request: request_file.Request };
 
 /// Tasks of a thread on average, where there are enough: then the last ones end together.
 const tasks_per_worker = 4;
 
 /// Attends for every item, or for none; `failed` tells which one is to blame.
-pub fn attend_many(items: []const Item, failed: *usize) attend.Error!void {
+pub fn attend_many(items: []const Item, failed: *usize) request_file.Error!void {
     for (items, 0..) |*item, i| {
         failed.* = i;
-        try attend.check_request(item.cache, &item.request);
+        try request_file.check(item.cache, &item.request);
     }
     var held: Locked = try .init(items);
     defer held.deinit();
     for (items, 0..) |*item, i| {
         failed.* = i;
-        try attend.check_held(item.cache, &item.request);
+        try request_file.check_held(item.cache, &item.request);
     }
     var batch: Batch = try .init(items);
     defer batch.deinit();

@@ -46,6 +46,7 @@ test {
     _ = @import("pool_test.zig");
     _ = @import("prepare.zig");
     _ = @import("quantize.zig");
+    _ = @import("request.zig");
     _ = @import("rotate.zig");
     _ = @import("rows.zig");
     _ = @import("score.zig");
