@@ -150,12 +150,18 @@ pub const Cache = struct {
         var after: Plan = .{ .next = next, .begin = cache.begin, .boundary = cache.boundary };
         if (config.kind == .two_tier and next >= config.tail_length) {
             const batches = (next - config.tail_length) / config.migration_batch;
-            after.boundary = @max(after.boundary, batches * config.migration_batch);
+            const boundary = cache.boundary_at(batches * config.migration_batch);
+            after.boundary = @max(after.boundary, boundary);
         }
         if (next > config.max_tokens) {
             after.begin = @max(after.begin, next - (config.max_tokens - config.sink_tokens));
         }
         return after;
+    }
+
+    /// Sinks never migrate: a boundary among them is none.
+    fn boundary_at(cache: *const Cache, position: u64) u64 {
+        return if (position > cache.config.sink_tokens) position else 0;
     }
 
     pub fn bounds(cache: *const Cache, after: Plan) [tier_count][2]u64 {
@@ -288,7 +294,7 @@ pub const Cache = struct {
         cache.move(.{
             .next = length,
             .begin = @min(cache.begin, length),
-            .boundary = @min(cache.boundary, length),
+            .boundary = cache.boundary_at(@min(cache.boundary, length)),
         }) catch return error.OutOfMemory; // nothing is added, so no pool is full
         cache.replace_kept(kept);
     }
