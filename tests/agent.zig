@@ -1,6 +1,6 @@
-//! Calls a kvz library for a host that cannot load it: one of another CPU, under qemu, or of another
-//! system, under Wine. tests/foreign.py starts it with the library's path and talks to it through
-//! its standard input and output, everything little-endian:
+//! Calls a kvz library for a host that cannot load it: one of another CPU, under qemu, or of
+//! another system, under Wine. tests/foreign.py starts it with the library's path and talks to it
+//! through its standard input and output, everything little-endian:
 //!
 //!     'c' u8 name, arguments of u64 each   a call, answered by a u64
 //!     'r' u64 pointer, u64 bytes           answered by these bytes
