@@ -1,5 +1,6 @@
 //! The value side of attention: outputs of up to four query rows += weights times the values of a
 //! page, read as they are packed. Called by step.zig through the kernel table.
+const dot = @import("dot.zig");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
 const score = @import("score.zig");
@@ -100,7 +101,7 @@ fn unit_one(comptime T: type) f32 {
 
 /// 15-bit integers of 64 slots, as 16-bit lanes: (j, j+32) of the first pair of blocks, then (j+16,
 /// j+48) of the second.
-const Slots = [2]vec.Halves;
+const Slots = [2]dot.Halves;
 
 /// Integer weights of a block of rows for one group.
 fn Weights(comptime rows: usize, comptime planes: usize) type {
@@ -217,7 +218,7 @@ inline fn to_slots(blocks: *const [format.blocks_per_page]F, factor: f32) Slots 
     inline for (blocks, &bits) |block, *integer| {
         integer.* = @bitCast(block * vec.splat(factor) + vec.splat(vec.round_magic));
     }
-    return .{ vec.pair_halves(bits[0], bits[2]), vec.pair_halves(bits[1], bits[3]) };
+    return .{ dot.pair_halves(bits[0], bits[2]), dot.pair_halves(bits[1], bits[3]) };
 }
 
 inline fn quantize_weights(
@@ -233,25 +234,25 @@ inline fn quantize_weights(
     const scale = to_slots(&load_scales(scales), factor);
     var sums: [rows]I = undefined;
     inline for (0..rows) |r| {
-        const a = vec.multiply_q15(slots[r][0], scale[0]);
-        const b = vec.multiply_q15(slots[r][1], scale[1]);
+        const a = dot.multiply_q15(slots[r][0], scale[0]);
+        const b = dot.multiply_q15(slots[r][1], scale[1]);
         const high = &weights.planes[0][r];
         const low = &weights.planes[planes - 1][r];
         if (T.bits == 8) {
             // Neither weights nor scales are negative, so both planes are in [0, 127].
-            const mask: vec.Halves = @splat(127);
-            vec.store(high, vec.low_bytes(a >> @splat(7), b >> @splat(7)));
-            vec.store(low, vec.low_bytes(a & mask, b & mask));
+            const mask: dot.Halves = @splat(127);
+            vec.store(high, dot.low_bytes(a >> @splat(7), b >> @splat(7)));
+            vec.store(low, dot.low_bytes(a & mask, b & mask));
         } else if (one_plane(T, planes, minor[r])) {
-            const words = vec.high_bytes(a +% dither[0], b +% dither[1]);
+            const words = dot.high_bytes(a +% dither[0], b +% dither[1]);
             if (planes == 2) vec.store(high, @as(U, @splat(0)));
             vec.store(low, words);
-            sums[r] = vec.sum_bytes(words);
+            sums[r] = dot.sum_bytes(words);
         } else {
-            const half: vec.Halves = @splat(128);
-            vec.store(high, vec.high_bytes(a +% half, b +% half));
-            vec.store(low, vec.low_bytes(a, b));
-            sums[r] = vec.sum_halves(a) +% vec.sum_halves(b);
+            const half: dot.Halves = @splat(128);
+            vec.store(high, dot.high_bytes(a +% half, b +% half));
+            vec.store(low, dot.low_bytes(a, b));
+            sums[r] = dot.sum_halves(a) +% dot.sum_halves(b);
         }
     }
     if (T.offset == 0) return;
@@ -282,12 +283,12 @@ inline fn accumulate_group(
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const loads = loads_per_group(T);
     const halves = format.group / vec.lanes;
-    var sums: [planes][rows][halves]vec.Accumulator = @splat(@splat(@splat(.init(0))));
+    var sums: [planes][rows][halves]dot.Accumulator = @splat(@splat(@splat(.init(0))));
     for (0..loads) |l| {
         const at = (g * loads + l) * format.group * 4;
         spread.turn();
-        var codes: [halves]vec.Codes = undefined;
-        inline for (0..halves) |h| codes[h] = vec.load(vec.Codes, args.values + at + h * 64);
+        var codes: [halves]dot.Codes = undefined;
+        inline for (0..halves) |h| codes[h] = vec.load(dot.Codes, args.values + at + h * 64);
         inline for (0..T.chunks_per_load) |which| {
             const quad = l * T.chunks_per_load + which;
             inline for (0..rows) |r| inline for (0..planes) |p| {

@@ -133,13 +133,20 @@ pub const Job = struct {
         return std.mem.alignForward(usize, job.cache.config.head_dim, format.group);
     }
 
-    /// f32 values that a task works in: a prepared query and three states.
+    /// f32 values that a task works in: a prepared query, three states, and an unpacked window.
     pub fn lane_floats(job: *const Job) usize {
         const dim = job.key_dim();
         const groups = std.mem.alignForward(usize, dim / format.group, vec.lanes);
         const query = job.rows_max * (dim + dim / 2 + 2 * groups);
         const states = 3 * State.floats(job.rows_max, job.value_dim());
-        return std.mem.alignForward(usize, query, vec.lanes) + states;
+        return std.mem.alignForward(usize, query, vec.lanes) + states + job.unpacked_floats();
+    }
+
+    /// Many rows are worth converting a window of floating-point values to f32 first: that costs
+    /// as much as two blocks of rows save.
+    fn unpacked_floats(job: *const Job) usize {
+        if (job.rows_max <= 2 * score.rows_max) return 0;
+        return format.page_tokens * (job.key_dim() + job.value_dim());
     }
 
     /// Tasks are independent and run in any order; `finish` comes after all of them.
@@ -237,6 +244,8 @@ pub const Work = struct {
     unit_state: State,
     tier_state: State,
     total: State,
+    /// Room for a window of f32 keys and values; none where there are few rows.
+    unpacked: []f32,
     mass: ?[*]f32 = null,
 
     fn init(job: *Job, task: usize, lane: []align(64) f32) Work {
@@ -252,6 +261,8 @@ pub const Work = struct {
             State.carve(&memory, job.rows_max, job.value_dim()).first_rows(rows),
             State.carve(&memory, job.rows_max, job.value_dim()).first_rows(rows),
         };
+        const unpacked = memory[0..job.unpacked_floats()];
+        memory = @alignCast(memory[unpacked.len..]);
         const values = memory[0 .. job.rows_max * dim];
         const planes = memory[values.len..][0 .. job.rows_max * dim / 2];
         const scales = memory[values.len + planes.len ..][0 .. job.rows_max * groups];
@@ -272,6 +283,7 @@ pub const Work = struct {
             .unit_state = states[0],
             .tier_state = states[1],
             .total = states[2],
+            .unpacked = unpacked,
         };
     }
 
@@ -374,22 +386,9 @@ pub const Work = struct {
     }
 
     fn run_unit(work: *Work, unit: Unit, state: State) void {
-        const tier = work.job.cache.run(unit.run);
         const mine = state.first_rows(work.rows);
         mine.reset();
-        const range = work.seen(unit);
-        var position = range.start;
-        while (position < range.end) {
-            const window: Window = .init(tier, position, range.end, work.ahead_end(unit), work.head);
-            var row: usize = 0;
-            while (row < work.rows) {
-                const count = @min(score.rows_max, work.rows - row);
-                var step: Step = .init(work, tier, unit, &window, row, count);
-                if (step.any_seen()) step.accumulate(mine);
-                row += count;
-            }
-            position = window.end;
-        }
+        work.walk(unit, .{ .state = mine });
     }
 
     fn fold_mass(work: *Work) void {
@@ -400,22 +399,32 @@ pub const Work = struct {
             const count = unit_count(tier);
             if (count == 0) continue;
             work.prepare_rows(tier);
-            for (0..count) |i| {
-                const unit = work.job.unit_of(run, i);
-                const range = work.seen(unit);
-                var position = range.start;
-                while (position < range.end) {
-                    const window: Window = .init(tier, position, range.end, work.ahead_end(unit), work.head);
-                    var row: usize = 0;
-                    while (row < work.rows) {
-                        const rows = @min(score.rows_max, work.rows - row);
-                        var step: Step = .init(work, tier, unit, &window, row, rows);
-                        if (step.any_seen()) step.add_mass(work.total.top[row..], totals[row..]);
-                        row += rows;
-                    }
-                    position = window.end;
-                }
+            for (0..count) |i| work.walk(work.job.unit_of(run, i), .{ .totals = totals });
+        }
+    }
+
+    /// What a walk adds to: the running softmax, or the mass of tokens, given its totals.
+    const Target = union(enum) { state: State, totals: []const f32 };
+
+    /// Window by window, blocks of rows against it.
+    fn walk(work: *Work, unit: Unit, target: Target) void {
+        const tier = work.job.cache.run(unit.run);
+        const range = work.seen(unit);
+        const read_end = work.ahead_end(unit);
+        var position = range.start;
+        while (position < range.end) {
+            var window: Window = .init(tier, position, range.end, read_end, work.head);
+            if (work.unpacked.len > 0) window.unpack(work.job.table, tier, work.unpacked);
+            var row: usize = 0;
+            while (row < work.rows) : (row += score.rows_max) {
+                const count = @min(score.rows_max, work.rows - row);
+                var step: Step = .init(work, tier, unit, &window, row, count);
+                if (step.any_seen()) switch (target) {
+                    .state => |state| step.accumulate(state),
+                    .totals => |totals| step.add_mass(work.total.top[row..], totals[row..]),
+                };
             }
+            position = window.end;
         }
     }
 

@@ -189,18 +189,6 @@ const Job = struct {
         const page = tail.page_at(run.position / tail.tokens_per_page, run.head);
         const base = if (side == .key) tail.keys_of(page) else tail.values_of(page);
         const slot: usize = @intCast(run.position % tail.tokens_per_page);
-        const dtype: abi.Dtype = switch (half.format) {
-            .f32 => .f32,
-            .f16 => .f16,
-            .bf16 => .bf16,
-            .q8, .q4 => unreachable, // config.zig
-        };
-        return .{
-            .first = @intFromPtr(base + slot * half.row_bytes()),
-            .stride_bytes = @intCast(half.row_bytes()),
-            .dtype = @backingInt(dtype),
-            .count = count,
-            .dim = half.dim,
-        };
+        return rows_file.of_half(half, base + slot * half.row_bytes(), count, half.dim);
     }
 };

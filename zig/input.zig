@@ -63,7 +63,8 @@ pub const Input = struct {
     /// Refuses what the cache could not give back: NaN, infinities, magnitudes above `limit`.
     pub fn validate(in: *const Input, tokens: u64, heads: usize, limit: f32) Refusal!void {
         const count: usize = @intCast(tokens);
-        const parts: usize = if (count * heads * in.dim < threads.parallel_values_min) 1 else parts_max;
+        const values = count *| heads *| in.dim;
+        const parts: usize = if (values < threads.parallel_values_min) 1 else parts_max;
         var validation: Validation = .{
             .input = in,
             .heads = heads,

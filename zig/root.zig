@@ -30,6 +30,7 @@ test {
     _ = @import("cpu.zig");
     _ = @import("digest.zig");
     _ = @import("dispatch.zig");
+    _ = @import("dot.zig");
     _ = @import("encode.zig");
     _ = @import("evict.zig");
     _ = @import("exp2.zig");

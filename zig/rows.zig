@@ -6,6 +6,7 @@ const builtin = @import("builtin");
 const abi = @import("abi.zig");
 const rotate = @import("rotate.zig");
 const vec = @import("vec.zig");
+const Half = @import("format.zig").Half;
 
 /// Rows of `dim` elements, `stride_bytes` apart.
 pub const Rows = extern struct {
@@ -29,6 +30,23 @@ pub const Rows = extern struct {
         }
     }
 };
+
+/// Rows that a floating-point half holds, `dim` values of each.
+pub fn of_half(half: Half, first: [*]const u8, count: usize, dim: usize) Rows {
+    const dtype: abi.Dtype = switch (half.format) {
+        .f32 => .f32,
+        .f16 => .f16,
+        .bf16 => .bf16,
+        .q8, .q4 => unreachable, // these have no rows
+    };
+    return .{
+        .first = @intFromPtr(first),
+        .stride_bytes = @intCast(half.row_bytes()),
+        .dtype = @backingInt(dtype),
+        .count = count,
+        .dim = dim,
+    };
+}
 
 pub fn Element(comptime dtype: abi.Dtype) type {
     return switch (dtype) {

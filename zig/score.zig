@@ -1,6 +1,7 @@
 //! The key side of attention: logits of up to four query rows against the keys of a page, read as
 //! they are packed. Called by step.zig through the kernel table.
 const std = @import("std");
+const dot = @import("dot.zig");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
 const prepare = @import("prepare.zig");
@@ -98,7 +99,7 @@ fn score_blocks(
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const planes = T.query_planes;
-    const bias = if (T.bits == 8) vec.code_bias else T.offset;
+    const bias = if (T.bits == 8) dot.code_bias else T.offset;
     const loads = loads_per_group(T);
     const q = args.query;
     const words = q.dim / 4;
@@ -107,7 +108,7 @@ fn score_blocks(
     const scales: [*]const f16 = @ptrCast(@alignCast(args.keys + groups * loads * run_bytes));
     var totals: [rows][blocks]F = @splat(@splat(vec.splat(0)));
     for (0..groups) |g| {
-        var sums: [planes][rows][blocks]vec.Accumulator = undefined;
+        var sums: [planes][rows][blocks]dot.Accumulator = undefined;
         inline for (0..rows) |r| {
             const start = -bias *% q.sums[(args.row + r) * groups + g];
             inline for (0..blocks) |b| {
@@ -118,7 +119,7 @@ fn score_blocks(
         for (0..loads) |l| {
             const run = (g * loads + l) * run_bytes + block * 64;
             spread.turn();
-            var codes: [blocks]vec.Codes = undefined;
+            var codes: [blocks]dot.Codes = undefined;
             inline for (0..blocks) |b| codes[b] = load_codes(T, args.keys + run + b * 64);
             inline for (0..T.chunks_per_load) |chunk| {
                 const word = g * format.group / 4 + l * T.chunks_per_load + chunk;
@@ -147,12 +148,12 @@ fn score_blocks(
     };
 }
 
-pub inline fn load_codes(comptime T: type, source: [*]const u8) vec.Codes {
-    return if (T.bits == 8) vec.load_signed_codes(source) else vec.load(vec.Codes, source);
+pub inline fn load_codes(comptime T: type, source: [*]const u8) dot.Codes {
+    return if (T.bits == 8) dot.load_signed_codes(source) else vec.load(dot.Codes, source);
 }
 
 /// The codes of chunk (or token quad) `which` of a load.
-pub inline fn select_nibbles(comptime T: type, codes: vec.Codes, comptime which: usize) vec.Codes {
+pub inline fn select_nibbles(comptime T: type, codes: dot.Codes, comptime which: usize) dot.Codes {
     if (T.bits == 8) return codes;
-    return if (which == 0) vec.low_nibbles(codes) else vec.high_nibbles(codes);
+    return if (which == 0) dot.low_nibbles(codes) else dot.high_nibbles(codes);
 }

@@ -4,10 +4,12 @@ const accumulate_file = @import("accumulate.zig");
 const attend = @import("attend.zig");
 const Ahead = @import("ahead.zig").Ahead;
 const format = @import("format.zig");
+const rows_file = @import("rows.zig");
 const score = @import("score.zig");
 const softmax = @import("softmax.zig");
 const vec = @import("vec.zig");
 const State = @import("state.zig").State;
+const Table = @import("kernels.zig").Table;
 const Tier = @import("tier.zig").Tier;
 const Unit = attend.Unit;
 const Work = attend.Work;
@@ -25,6 +27,9 @@ const accumulate_cost = [format.count]usize{ 1000, 1000, 1000, 500, 490 };
 pub const Window = struct {
     keys: [*]const u8,
     values: [*]const u8,
+    /// How the kernels find them: as the tier holds them, or unpacked.
+    key_format: format.Format,
+    value_format: format.Format,
     /// What the kernels should fetch meanwhile: all of the window that comes next.
     ahead_of_score: Ahead,
     ahead_of_accumulate: Ahead,
@@ -48,6 +53,8 @@ pub const Window = struct {
         var window: Window = .{
             .keys = at.keys,
             .values = at.values,
+            .key_format = tier.key.format,
+            .value_format = tier.value.format,
             .ahead_of_score = .{ .at = at.keys, .lines = 0 },
             .ahead_of_accumulate = .{ .at = at.values, .lines = 0 },
             .base = at.base,
@@ -57,6 +64,43 @@ pub const Window = struct {
         const next = at.base + windows * @min(format.page_tokens, tier.tokens_per_page);
         if (next < ahead_end) window.look_ahead(tier, locate(tier, next, head));
         return window;
+    }
+
+    /// Converts narrow floating-point values to f32, which changes no bit of what is computed.
+    /// `memory` holds 64 rows of keys, then 64 of values, as stored.
+    pub fn unpack(window: *Window, table: *const Table, tier: *const Tier, memory: []f32) void {
+        const count: usize = @intCast(window.end - window.base);
+        if (narrow(window.key_format)) {
+            window.keys = unpack_half(table, tier.key, window.keys, count, memory.ptr);
+            window.key_format = .f32;
+        }
+        if (narrow(window.value_format)) {
+            const target = memory[format.page_tokens * tier.key.dim_stored() ..];
+            window.values = unpack_half(table, tier.value, window.values, count, target.ptr);
+            window.value_format = .f32;
+        }
+    }
+
+    fn narrow(f: format.Format) bool {
+        return f == .f16 or f == .bf16;
+    }
+
+    fn unpack_half(
+        table: *const Table,
+        half: format.Half,
+        from: [*]const u8,
+        count: usize,
+        target: [*]f32,
+    ) [*]const u8 {
+        const dim = half.dim_stored();
+        table.read(&.{
+            .rows = rows_file.of_half(half, from, count, dim),
+            .target = target,
+            .dim_stored = dim,
+            .tail_format = @backingInt(format.Format.f32),
+            .rotated = false,
+        });
+        return @ptrCast(target);
     }
 
     fn look_ahead(window: *Window, tier: *const Tier, next: Location) void {
@@ -154,7 +198,7 @@ pub const Step = struct {
     /// Scores become logits; unseen slots are hidden.
     fn compute_logits(step: *Step) void {
         const table = step.work.job.table;
-        table.score[@backingInt(step.tier.key.format)][step.count - 1](&.{
+        table.score[@backingInt(step.window.key_format)][step.count - 1](&.{
             .keys = step.window.keys,
             .ahead = step.ahead(step.window.ahead_of_score),
             .dim = step.tier.key.dim_stored(),
@@ -262,7 +306,7 @@ pub const Step = struct {
             .outputs = state.outputs.ptr + step.row * state.dim,
             .output_stride = state.dim,
         };
-        const kernels = &table.accumulate[@backingInt(step.tier.value.format)];
+        const kernels = &table.accumulate[@backingInt(step.window.value_format)];
         if (!step.tier.value.quantized() or !any_hidden) {
             return kernels[step.count - 1](&args);
         }
