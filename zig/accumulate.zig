@@ -156,24 +156,27 @@ fn accumulate_planes(
         const factors: [groups_at_once]f32 =
             @as(Few, @splat(scale_one(T))) / @max(largest, @as(Few, @splat(tiny)));
         const units: [groups_at_once]f32 = largest * @as(Few, @splat(unit_one(T)));
-        for (weights[0..count], first.., factors[0..count], units[0..count]) |*w, g, factor, unit| {
-            const at = scales + g * format.page_tokens;
-            quantize_weights(T, rows, planes, &slots, args.minor, at, factor, w);
+        var products: [groups_at_once][rows]Slots = undefined;
+        for (products[0..count], first.., factors[0..count]) |*of_group, g, factor| {
+            const scale = to_slots(&load_scales(scales + g * format.page_tokens), factor);
+            inline for (of_group, &slots) |*product, *row_slots| {
+                inline for (product, row_slots, scale) |*x, w, s| x.* = dot.multiply_q15(w, s);
+            }
+        }
+        var shifts: [rows]u4 = undefined;
+        if (T.bits == 4) shifts = spare_bits(rows, products[0..count]);
+        for (weights[0..count], products[0..count], units[0..count]) |*w, *product, unit| {
+            split_products(T, rows, planes, product, args.minor, &shifts, w);
             inline for (0..rows) |r| {
-                const rounded_off: f32 = if (one_plane(T, planes, args.minor[r])) 256 else 1;
-                w.units[r] = args.largest[r] * unit * rounded_off;
+                const alone = T.bits == 4 and (planes == 1 or args.minor[r]);
+                const dropped: f32 = if (alone) @floatFromInt(@as(u32, 256) >> shifts[r]) else 1;
+                w.units[r] = args.largest[r] * unit * dropped;
             }
         }
         for (weights[0..count], first..) |*w, g| {
             accumulate_group(T, rows, planes, args, g, w, &spread);
         }
     }
-}
-
-/// Whether a row's integers are in one plane, be it alone or beside rows that need two.
-inline fn one_plane(comptime T: type, comptime planes: usize, minor: bool) bool {
-    if (T.bits == 8) return false;
-    return planes == 1 or minor;
 }
 
 const groups_at_once = 4;
@@ -221,30 +224,34 @@ inline fn to_slots(blocks: *const [format.blocks_per_page]F, factor: f32) Slots 
     return .{ dot.pair_halves(bits[0], bits[2]), dot.pair_halves(bits[1], bits[3]) };
 }
 
-inline fn quantize_weights(
+/// Packs the products of a group into planes, and sums them where codes have an offset.
+inline fn split_products(
     comptime T: type,
     comptime rows: usize,
     comptime planes: usize,
-    slots: *const [rows]Slots,
+    products: *const [rows]Slots,
     minor: [*]const bool, // (row)
-    scales: [*]const f16,
-    factor: f32,
+    shifts: *const [rows]u4,
     weights: *Weights(rows, planes),
 ) void {
-    const scale = to_slots(&load_scales(scales), factor);
+    if (T.bits == 8) {
+        const mask: dot.Halves = @splat(127);
+        inline for (products, 0..) |product, r| {
+            // Neither weights nor scales are negative, so both planes are in [0, 127].
+            const a, const b = product;
+            vec.store(&weights.planes[0][r], dot.low_bytes(a >> @splat(7), b >> @splat(7)));
+            vec.store(&weights.planes[1][r], dot.low_bytes(a & mask, b & mask));
+        }
+        return;
+    }
     var sums: [rows]I = undefined;
-    inline for (0..rows) |r| {
-        const a = dot.multiply_q15(slots[r][0], scale[0]);
-        const b = dot.multiply_q15(slots[r][1], scale[1]);
+    inline for (products, 0..) |product, r| {
+        const a, const b = product;
         const high = &weights.planes[0][r];
         const low = &weights.planes[planes - 1][r];
-        if (T.bits == 8) {
-            // Neither weights nor scales are negative, so both planes are in [0, 127].
-            const mask: dot.Halves = @splat(127);
-            vec.store(high, dot.low_bytes(a >> @splat(7), b >> @splat(7)));
-            vec.store(low, dot.low_bytes(a & mask, b & mask));
-        } else if (one_plane(T, planes, minor[r])) {
-            const words = dot.high_bytes(a +% dither[0], b +% dither[1]);
+        if (planes == 1 or minor[r]) {
+            const shift: @Vector(32, u4) = @splat(shifts[r]);
+            const words = dot.high_bytes((a << shift) +| dither[0], (b << shift) +| dither[1]);
             if (planes == 2) vec.store(high, @as(U, @splat(0)));
             vec.store(low, words);
             sums[r] = dot.sum_bytes(words);
@@ -255,18 +262,36 @@ inline fn quantize_weights(
             sums[r] = dot.sum_halves(a) +% dot.sum_halves(b);
         }
     }
-    if (T.offset == 0) return;
     const totals = vec.fold_each(.add, I, rows, &sums);
     weights.biases = totals *% @as(@Vector(rows, i32), @splat(T.offset));
 }
 
+/// By how many bits, up to 7, the products of each row fall short of 15: the largest weight and the
+/// largest scale are seldom those of one token.
+inline fn spare_bits(comptime rows: usize, products: []const [rows]Slots) [rows]u4 {
+    var used: [rows]U = @splat(@splat(0));
+    for (products) |*of_group| inline for (&used, of_group) |*bits, product| {
+        // x ^ (x >> 15) has as many bits as the magnitude of x, be x negative or not.
+        inline for (product) |x| bits.* |= @as(U, @bitCast(x ^ (x >> @splat(15))));
+    };
+    const joined: [rows]u32 = vec.fold_each(.join, U, rows, &used);
+    var spare: [rows]u4 = undefined;
+    inline for (&spare, joined) |*bits, both| {
+        const halves = (both | both >> 16) & 0x7fff;
+        bits.* = @intCast(@clz(halves | 0x80) - 17);
+    }
+    return spare;
+}
+
 /// What is added before the low eight bits are dropped: instead of one half for all, every slot has
-/// its own of 64 fractions, so that weights too small for one unit keep their sum.
+/// its own of 64 fractions between 1/8 and 7/8, so that weights too small for one unit keep their
+/// sum, nearly, and others are rounded to one of their neighbours, mostly the nearest.
 const dither: Slots = blk: {
     var result: [2][32]i16 = undefined;
     for (0..format.page_tokens) |slot| {
         const lane = slot % 16 * 2 + slot / 32;
-        result[slot / 16 % 2][lane] = @as(i16, @bitReverse(@as(u6, @intCast(slot)))) * 4 + 2;
+        const fraction: i16 = @bitReverse(@as(u6, @intCast(slot)));
+        result[slot / 16 % 2][lane] = 32 + fraction * 3 + 1;
     }
     break :blk .{ result[0], result[1] };
 };

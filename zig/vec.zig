@@ -144,11 +144,15 @@ pub inline fn round_to_int(x: F) I {
 
 // ---- reductions, always by the same tree: (i, i+8), (i, i+4), (i, i+2), (i, i+1) ----
 
-pub const Reduction = enum { add, max };
+pub const Reduction = enum { add, max, join };
 
 inline fn combine(comptime op: Reduction, a: anytype, b: @TypeOf(a)) @TypeOf(a) {
     if (@typeInfo(@TypeOf(a)).vector.child == f32) return if (op == .max) max(a, b) else a + b;
-    return if (op == .max) @max(a, b) else a +% b;
+    return switch (op) {
+        .add => a +% b,
+        .max => @max(a, b),
+        .join => a | b,
+    };
 }
 
 inline fn halve(comptime op: Reduction, v: anytype) @Vector(
