@@ -60,7 +60,8 @@ pub fn cache_unpin(cache: *Cache, start: u64, end: u64) callconv(.c) Status {
 
 /// Evicts all positions of `count` ranges, which are in order, or none.
 pub fn cache_evict(cache: *Cache, ranges: [*]const abi.Range, count: u64) callconv(.c) Status {
-    evict.evict(cache, ranges[0..@intCast(count)]) catch |err| return fail(err);
+    const total = length_of(count) catch |err| return fail(err);
+    evict.evict(cache, ranges[0..total]) catch |err| return fail(err);
     return .ok;
 }
 
@@ -129,7 +130,8 @@ pub fn attend_many(
     out_failed: *u64,
 ) callconv(.c) Status {
     out_failed.* = 0;
-    const given = gpa.alloc(attend_many_file.Item, @intCast(count)) catch |err| return fail(err);
+    const total = length_of(count) catch |err| return fail(err);
+    const given = gpa.alloc(attend_many_file.Item, total) catch |err| return fail(err);
     defer gpa.free(given);
     for (given, items, 0..) |*one, *item, i| {
         out_failed.* = i;
@@ -152,7 +154,8 @@ pub fn append_many(
     out_failed: *u64,
 ) callconv(.c) Status {
     out_failed.* = 0;
-    const given = gpa.alloc(append_file.Item, @intCast(count)) catch |err| return fail(err);
+    const total = length_of(count) catch |err| return fail(err);
+    const given = gpa.alloc(append_file.Item, total) catch |err| return fail(err);
     defer gpa.free(given);
     for (given, items, 0..) |*one, *item, i| {
         out_failed.* = i;
@@ -231,6 +234,10 @@ pub fn request_of(
             try choice(abi.MaskKind, "mask_kind", options.mask_kind),
         .out = out,
     };
+}
+
+fn length_of(count: u64) error{OutOfMemory}!usize {
+    return std.math.cast(usize, count) orelse error.OutOfMemory;
 }
 
 fn null_argument(name: []const u8) error{InvalidArgument} {

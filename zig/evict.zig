@@ -109,11 +109,7 @@ fn room(cache: *const Cache, pins: []const Range) ?u64 {
 pub fn pin(cache: *Cache, range: Range) Error!void {
     cache.lock.lock();
     defer cache.lock.unlock();
-    if (range.start > range.end or range.end > std.math.maxInt(u48)) {
-        const text = "pin: expected positions in order, got {d} to {d}";
-        message.set(text, .{ range.start, range.end });
-        return error.InvalidArgument;
-    }
+    try check_range("pin", range);
     if (range.start == range.end) return;
     var held: u64 = 0;
     const past = @min(range.end, cache.next);
@@ -140,12 +136,20 @@ pub fn pin(cache: *Cache, range: Range) Error!void {
 }
 
 /// Lets [start, end) be evicted like other tokens.
-pub fn unpin(cache: *Cache, range: Range) error{OutOfMemory}!void {
+pub fn unpin(cache: *Cache, range: Range) Error!void {
     cache.lock.lock();
     defer cache.lock.unlock();
+    try check_range("unpin", range);
     var pins = try kept_file.subtract(cache.gpa, pins_of(cache), &.{range});
     defer pins.deinit(cache.gpa);
     try set_pins(cache, pins.items);
+}
+
+fn check_range(name: []const u8, range: Range) error{InvalidArgument}!void {
+    if (range.start <= range.end and range.end <= std.math.maxInt(u48)) return;
+    const text = "{s}: expected positions in order, below 2^48, got {d} to {d}";
+    message.set(text, .{ name, range.start, range.end });
+    return error.InvalidArgument;
 }
 
 pub fn pins_of(cache: *const Cache) []const Range {
