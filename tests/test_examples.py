@@ -19,6 +19,7 @@ PROMISES = {
     "best_of_n.py": "kept: ModelCache(3 layers, 324 tokens",
     "tree_speculation.py": "same state: True",
     "heavy_hitters.py": "kept of the tokens that matter: 5 of 5",
+    "prompt_cache_on_disk.py": "1504 tokens, 1502 of them were there",
     "toy_model.py": "",  # the others import it
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -108,6 +111,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(config=configs())
     def start(self, config: Any) -> None:
         self.pool = kvz.BufferPool(core=self.core)
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.real = make_from(self.core, config, self.kind, pool=self.pool)
         self.model = model_of(config, self.kind)
         self.others: list[Pair] = []
@@ -217,6 +221,17 @@ class CacheMachine(RuleBasedStateMachine):
     def close_a_fork(self, which: int) -> None:
         self.others.pop(which % len(self.others)).real.close()
 
+    @rule(incremental=st.booleans(), mmap=st.booleans())
+    def save_and_load(self, incremental: bool, mmap: bool) -> None:
+        """Walk on with what was written over whatever was saved before."""
+        path, digest = Path(self.folder.name, "x"), self.real.digest()
+        self.real.save(path, incremental=incremental)
+        mmap = mmap and self.core == "native" and os.name == "posix"
+        loaded = type(self.real).load(path, mmap=mmap, pool=self.pool)
+        self.real.close()
+        self.real = loaded
+        assert loaded.digest() == digest
+
     @precondition(lambda self: len(self.model) > 100)
     @rule()
     def clear(self) -> None:
@@ -257,7 +272,7 @@ class CacheMachine(RuleBasedStateMachine):
         if hasattr(self, "real"):
             caches = [self.real, *(pair.real for pair in self.others)]
             in_use = self.pool.stats().bytes_in_use
-            assert max(cache.nbytes for cache in caches) <= in_use
+            assert max(cache.nbytes - cache.mapped_bytes for cache in caches) <= in_use
             assert in_use <= sum(cache.nbytes for cache in caches)
 
     def teardown(self) -> None:
@@ -265,6 +280,7 @@ class CacheMachine(RuleBasedStateMachine):
             for real, _ in [Pair(self.real, self.model), *self.others]:
                 real.close()
             assert self.pool.stats().bytes_in_use == 0
+            self.folder.cleanup()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,14 +10,14 @@ const attend_file = @import("attend.zig");
 const cache_file = @import("cache.zig");
 const config_file = @import("config.zig");
 const dispatch = @import("dispatch.zig");
-const format = @import("format.zig");
 const gpa = @import("memory.zig").gpa;
 const inspect = @import("inspect.zig");
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
-const quantize_file = @import("quantize.zig");
+const quantization = @import("abi_quantize.zig");
 const sequence = @import("abi_sequence.zig");
 const slab_file = @import("slab.zig");
+const snapshot = @import("abi_snapshot.zig");
 const status_file = @import("status.zig");
 const threads = @import("threads.zig");
 const Config = config_file.Config;
@@ -39,6 +39,7 @@ pub const Status = enum(i32) {
     abi_mismatch = 6,
     foreign_buffer = 7,
     corrupt = 8,
+    damaged = 9,
 };
 
 /// How a tier stores its values.
@@ -87,6 +88,9 @@ pub const PoolStats = extern struct {
     /// 1 when slabs are backed by huge pages where the system grants them.
     huge_pages: u32 = 0,
     reserved_2: u32 = 0,
+    /// In the spill file now, and written to it so far.
+    bytes_spilled: u64 = 0,
+    bytes_written: u64 = 0,
 };
 
 pub const CacheConfig = extern struct {
@@ -327,6 +331,7 @@ pub fn cache_attend(
         .out = out,
     };
     const request = sequence.request_of(&item) catch |err| return fail(err);
+    cache.verify() catch |err| return fail(err);
     attend_file.attend(cache, &request) catch |err| return fail(err);
     return .ok;
 }
@@ -340,6 +345,7 @@ pub fn cache_get(
     keys: [*]f32,
     values: [*]f32,
 ) callconv(.c) Status {
+    cache.verify() catch |err| return fail(err);
     cache.get(first, tokens, keys, values) catch |err| return fail(err);
     return .ok;
 }
@@ -368,6 +374,7 @@ pub fn cache_check(cache: *Cache) callconv(.c) Status {
 
 /// A hash of all that is stored; equal digests mean equal states.
 pub fn cache_digest(cache: *Cache, out: *u64) callconv(.c) Status {
+    cache.verify() catch |err| return fail(err);
     out.* = @import("digest.zig").digest(cache);
     return .ok;
 }
@@ -386,63 +393,32 @@ pub const cache_layout = sequence.cache_layout;
 pub const cache_shared_bytes = sequence.cache_shared_bytes;
 pub const attend_many = sequence.attend_many;
 pub const append_many = sequence.append_many;
+// ---- the state of a cache as numbers and bytes, and back: abi_snapshot.zig ----
 
-// ---- quantization by itself: rows of `dim` f32, packed as key pages of 64 rows ----
+pub const CacheState = snapshot.CacheState;
+pub const TierState = snapshot.TierState;
+pub const cache_state = snapshot.cache_state;
+pub const cache_tier = snapshot.cache_tier;
+pub const cache_read_rows = snapshot.cache_read_rows;
+pub const cache_set_state = snapshot.cache_set_state;
+pub const cache_skip = snapshot.cache_skip;
+pub const cache_write_rows = snapshot.cache_write_rows;
+pub const hash_pages = snapshot.hash_pages;
+pub const caches_held_bytes = snapshot.caches_held_bytes;
+pub const Mapping = snapshot.Mapping;
+pub const MappedRows = snapshot.MappedRows;
+pub const mapping_new = snapshot.mapping_new;
+pub const mapping_add_file = snapshot.mapping_add_file;
+pub const mapping_expect = snapshot.mapping_expect;
+pub const mapping_free = snapshot.mapping_free;
+pub const pool_set_spill = snapshot.pool_set_spill;
+pub const cache_mapped_bytes = snapshot.cache_mapped_bytes;
 
-pub fn quantized_bytes(format_code: u32, rows: u64, dim: u32, out: *u64) callconv(.c) Status {
-    out.* = 0;
-    const half = half_of(format_code, dim, 0) catch |err| return fail(err);
-    out.* = quantize_file.bytes(half, rows) catch |err| return fail(err);
-    return .ok;
-}
+// ---- quantization by itself: abi_quantize.zig ----
 
-pub fn quantize(
-    format_code: u32,
-    rotate: u32,
-    source: [*]const f32,
-    rows: u64,
-    dim: u32,
-    target: [*]u8,
-) callconv(.c) Status {
-    const half = half_of(format_code, dim, rotate) catch |err| return fail(err);
-    const input: Input = .{
-        .name = "x",
-        .base = @intFromPtr(source),
-        .dtype = .f32,
-        .token_stride = dim,
-        .head_stride = dim,
-        .dim = dim,
-    };
-    input.validate(rows, 1, @import("input.zig").limit_of(half)) catch |err| return fail(err);
-    const row = gpa.alignedAlloc(f32, .@"64", half.dim_stored()) catch |err| return fail(err);
-    defer gpa.free(row);
-    quantize_file.pack(half, source, @intCast(rows), target, row);
-    return .ok;
-}
-
-pub fn dequantize(
-    format_code: u32,
-    rotate: u32,
-    source: [*]const u8,
-    rows: u64,
-    dim: u32,
-    target: [*]f32,
-) callconv(.c) Status {
-    const half = half_of(format_code, dim, rotate) catch |err| return fail(err);
-    const row = gpa.alignedAlloc(f32, .@"64", half.dim_stored()) catch |err| return fail(err);
-    defer gpa.free(row);
-    quantize_file.unpack(half, source, @intCast(rows), target, row);
-    return .ok;
-}
-
-fn half_of(format_code: u32, dim: u32, rotate: u32) error{InvalidArgument}!format.Half {
-    const f = try config_file.choice(Format, "format", format_code);
-    if (dim == 0 or dim > 1 << 24) {
-        message.set("dim is {d}; expected 1 to {d}", .{ dim, 1 << 24 });
-        return error.InvalidArgument;
-    }
-    return quantize_file.half_of(f, dim, rotate != 0);
-}
+pub const quantized_bytes = quantization.quantized_bytes;
+pub const quantize = quantization.quantize;
+pub const dequantize = quantization.dequantize;
 
 // ---- process ----
 

@@ -136,6 +136,7 @@ pub fn attend_many(
     for (given, items, 0..) |*one, *item, i| {
         out_failed.* = i;
         const cache = item.cache orelse return fail(null_argument("cache"));
+        cache.verify() catch |err| return fail(err);
         one.* = .{ .cache = cache, .request = request_of(item) catch |err| return fail(err) };
     }
     var failed: usize = 0;

@@ -7,6 +7,7 @@ const evict = @import("evict.zig");
 const fill_file = @import("fill.zig");
 const gpa = @import("memory.zig").gpa;
 const message = @import("message.zig");
+const spill = @import("spill.zig");
 const threads = @import("threads.zig");
 const tier_file = @import("tier.zig");
 const Cache = cache_file.Cache;
@@ -23,6 +24,7 @@ pub const Error = error{
     NotRepresentable,
     OutOfMemory,
     PoolExhausted,
+    Damaged,
 };
 
 /// An append that can no longer fail. The cache is locked from `reserve` to `commit` or `cancel`.
@@ -53,6 +55,21 @@ pub const Append = struct {
             .changes = undefined,
             .workspace = undefined,
         };
+        while (true) {
+            append.reserve_tiers() catch |err| {
+                const moved = err == error.PoolExhausted and try spill.make_room(cache);
+                if (moved) continue;
+                return err;
+            };
+            break;
+        }
+        errdefer append.cancel_changes(append.changes.len);
+        append.workspace = try .init(cache.rows, append.value_count(), cache.config.num_kv_heads);
+        return append;
+    }
+
+    fn reserve_tiers(append: *Append) Error!void {
+        const cache = append.cache;
         var reserved: usize = 0;
         errdefer append.cancel_changes(reserved);
         const moved = cache.bounds(append.after);
@@ -61,8 +78,6 @@ pub const Append = struct {
             change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1], written);
             reserved += 1;
         }
-        append.workspace = try .init(cache.rows, append.value_count(), cache.config.num_kv_heads);
-        return append;
     }
 
     /// Numbers that the tokens bring.
@@ -132,6 +147,7 @@ fn check_input(cache: *const Cache, keys: Input, values: Input, tokens: u64) Err
     if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
     try keys.validate(tokens, config.num_kv_heads, cache.key_limit);
     try values.validate(tokens, config.num_kv_heads, cache.value_limit);
+    if (cache.mapping) |mapping| try mapping.verify(); // pages of it may be copied
 }
 
 /// An append of more tokens than leave room for what is kept behind the window: piece by piece,

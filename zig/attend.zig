@@ -1,8 +1,7 @@
 //! Attention over a cache. Work is cut into units (a tier's tokens within one chunk of positions)
 //! and blocks of query rows, always in the same way; a unit's result depends on its tokens alone,
 //! and units merge in the order of positions. So a query gives the same bits alone or in a batch,
-//! on one thread or many. Called by abi.zig and attend_many.zig; calls the kernel table, state.zig
-//! and threads.zig.
+//! on one thread or many. Called by abi.zig, attend_many.zig; calls kernels, state.zig, spill.zig.
 const std = @import("std");
 const cache_file = @import("cache.zig");
 const dispatch = @import("dispatch.zig");
@@ -13,6 +12,7 @@ const request_file = @import("request.zig");
 const score = @import("score.zig");
 const scratch = @import("scratch.zig");
 const softmax = @import("softmax.zig");
+const spill = @import("spill.zig");
 const threads = @import("threads.zig");
 const vec = @import("vec.zig");
 const Cache = cache_file.Cache;
@@ -24,8 +24,7 @@ const Step = step_file.Step;
 const Window = step_file.Window;
 const Tier = @import("tier.zig").Tier;
 
-/// Positions of a chunk: small enough to share among threads, large enough that merging costs
-/// nothing.
+/// Positions of a chunk: small enough to share among threads, large enough to merge cheaply.
 const chunk_tokens = 2048;
 /// Query rows that one task works on while a page is in the nearest cache.
 const task_rows = 64;
@@ -410,6 +409,7 @@ pub const Work = struct {
     fn walk(work: *Work, unit: Unit, target: Target) void {
         const tier = work.job.cache.run(unit.run);
         const range = work.seen(unit);
+        defer spill.leave(tier, range.start, range.end, work.head);
         const read_end = work.ahead_end(unit);
         var position = range.start;
         while (position < range.end) {

@@ -18,6 +18,7 @@ const encode = @import("encode.zig");
 const evict = @import("evict.zig");
 const format = @import("format.zig");
 const input_file = @import("input.zig");
+const Mapping = @import("mapping.zig").Mapping;
 const message = @import("message.zig");
 const pool_file = @import("pool.zig");
 const rotate = @import("rotate.zig");
@@ -53,6 +54,8 @@ pub const Cache = struct {
     migrated: u64 = 0,
     /// Tokens that stay behind the window, and which never leave; null if there are none.
     kept: ?*Kept = null,
+    /// The files that pages may lie in, if the cache was loaded from some.
+    mapping: ?*Mapping = null,
     /// Rows on their way into a page: (64, dim) f32, for keys and values in turn.
     rows: []align(64) f32,
     /// Largest magnitudes that every tier can hold.
@@ -285,6 +288,7 @@ pub const Cache = struct {
         cache.replace_kept(null);
         cache.evicted = 0;
         cache.migrated = 0;
+        cache.replace_mapping(null);
     }
 
     /// Takes back the tokens from position `length` on. What stays keeps its bits and its tier.
@@ -359,6 +363,7 @@ pub const Cache = struct {
     pub fn drop_contents(cache: *Cache) void {
         for (&cache.tiers) |*tier| tier.deinit(cache.gpa, cache.pool);
         cache.replace_kept(null);
+        cache.replace_mapping(null);
     }
 
     /// Takes all that `restore` changes, and owns it.
@@ -370,12 +375,14 @@ pub const Cache = struct {
         cache.evicted = source.evicted;
         cache.migrated = source.migrated;
         cache.kept = source.kept;
+        @atomicStore(?*Mapping, &cache.mapping, source.mapping, .release);
     }
 
     pub fn share_from(cache: *Cache, source: *const Cache) void {
         cache.take_from(source);
         for (&cache.tiers, &source.tiers) |*tier, *shared| tier.* = shared.share();
         if (cache.kept) |kept| _ = kept.retain();
+        if (cache.mapping) |mapping| _ = mapping.retain();
     }
 
     /// Refuses a length of the stream that would need tokens which were evicted.
@@ -392,5 +399,24 @@ pub const Cache = struct {
             .{ length, first, cache.next },
         );
         return error.InvalidArgument;
+    }
+
+    // ---- files ----
+
+    /// Makes sure that bytes of files are what was saved, before anything is made of them.
+    pub fn verify(cache: *Cache) error{Damaged}!void {
+        if (@atomicLoad(?*Mapping, &cache.mapping, .acquire) == null) return;
+        cache.lock.lockShared();
+        const held = if (cache.mapping) |mapping| mapping.retain() else null;
+        cache.lock.unlockShared();
+        const mapping = held orelse return;
+        defer mapping.release();
+        try mapping.verify();
+    }
+
+    pub fn replace_mapping(cache: *Cache, mapping: ?*Mapping) void {
+        const old = cache.mapping;
+        @atomicStore(?*Mapping, &cache.mapping, mapping, .release);
+        if (old) |m| m.release();
     }
 };

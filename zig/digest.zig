@@ -3,6 +3,7 @@ const std = @import("std");
 const Cache = @import("cache.zig").Cache;
 const evict = @import("evict.zig");
 const format = @import("format.zig");
+const spill = @import("spill.zig");
 const Half = format.Half;
 const Hash = std.hash.XxHash64;
 
@@ -34,6 +35,7 @@ pub fn digest(cache: *Cache) u64 {
             hash_token(&hash, tier.key, .key, tier.keys_of(page), slot);
             hash_token(&hash, tier.value, .value, tier.values_of(page), slot);
         };
+        spill.leave_all(tier, tier.start, tier.end);
     }
     return hash.final();
 }

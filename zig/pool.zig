@@ -92,6 +92,8 @@ pub const Pool = struct {
     source: Source,
     options: Options,
     references: std.atomic.Value(u32),
+    /// Where caches put pages that have no room here.
+    spill: ?*@import("spill.zig").Spill = null,
     /// Guards everything below.
     mutex: Mutex,
     /// The public classes first; the others come and go with their slabs.
@@ -141,6 +143,7 @@ pub const Pool = struct {
         assert(before > 0);
         if (before > 1) return;
         const gpa = pool.gpa;
+        if (pool.spill) |spill| spill.destroy();
         for (pool.slabs.items) |slab| slab.destroy(gpa, pool.source);
         pool.slabs.deinit(gpa);
         for (pool.classes.items) |*class| class.idle.deinit(gpa);
@@ -271,6 +274,7 @@ pub const Pool = struct {
                 else => result.free_pages += count,
             }
         }
+        if (pool.spill) |spill| result.bytes_spilled, result.bytes_written = spill.counts();
         return result;
     }
 

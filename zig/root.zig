@@ -19,7 +19,9 @@ pub const std_options: std.Options = .{ .signal_stack_size = null };
 
 test {
     _ = abi;
+    _ = @import("abi_quantize.zig");
     _ = @import("abi_sequence.zig");
+    _ = @import("abi_snapshot.zig");
     _ = @import("accumulate.zig");
     _ = @import("ahead.zig");
     _ = @import("append.zig");
@@ -41,6 +43,7 @@ test {
     _ = @import("kept.zig");
     _ = @import("kernels.zig");
     _ = @import("manifest.zig");
+    _ = @import("mapping.zig");
     _ = @import("memory.zig");
     _ = @import("message.zig");
     _ = @import("pool.zig");
@@ -53,7 +56,10 @@ test {
     _ = @import("score.zig");
     _ = @import("scratch.zig");
     _ = @import("slab.zig");
+    _ = @import("snapshot.zig");
+    _ = @import("snapshot_kept.zig");
     _ = @import("softmax.zig");
+    _ = @import("spill.zig");
     _ = @import("state.zig");
     _ = @import("status.zig");
     _ = @import("step.zig");

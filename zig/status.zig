@@ -12,6 +12,7 @@ pub const Error = error{
     AbiMismatch,
     ForeignBuffer,
     Corrupt,
+    Damaged,
     UnknownIsa,
 };
 
@@ -36,6 +37,7 @@ pub fn fail(err: Error) Status {
             "the buffer is not one that this pool has handed out",
         },
         error.Corrupt => .{ .corrupt, "an invariant does not hold" },
+        error.Damaged => .{ .damaged, "the file is damaged" },
         error.UnknownIsa => .{
             .invalid_argument,
             "no such ISA in this library, or not on this CPU",

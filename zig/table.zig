@@ -10,11 +10,14 @@
 //! comes later finds the slot claimed and copies the row first. Who holds a row alone may write
 //! anywhere.
 //!
+//! Rows may also lie in a file (mapping.zig): these nobody writes, and who has to copies them.
+//!
 //! Counts are atomic: holders may be used by different threads. Called by tier.zig; calls pool.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const Allocator = std.mem.Allocator;
 const Value = std.atomic.Value;
+const Mapping = @import("mapping.zig").Mapping;
 const Pool = @import("pool.zig").Pool;
 
 pub const Page = [*]align(64) u8;
@@ -27,6 +30,8 @@ pub const Row = struct {
     references: Value(u32) align(@alignOf(Page)) = .init(1),
     /// Slots [0, claimed) may hold tokens of some holder.
     claimed: Value(u32) = .init(0),
+    /// Where the pages are, if they are not of the pool.
+    mapping: ?*Mapping = null,
 
     const alignment: std.mem.Alignment = .of(Row);
 
@@ -59,8 +64,30 @@ pub const Row = struct {
         }
     }
 
+    /// A row whose pages lie in a mapping, `stride` bytes from one to the next.
+    pub fn create_mapped(
+        gpa: Allocator,
+        shape: Shape,
+        mapping: *Mapping,
+        base: Page,
+        stride: usize,
+    ) error{OutOfMemory}!*Row {
+        const memory = try gpa.alignedAlloc(u8, alignment, overhead_bytes(shape.heads));
+        const row: *Row = @ptrCast(memory.ptr);
+        // All slots are taken, so that whoever wants to write has to copy.
+        row.* = .{ .claimed = .init(std.math.maxInt(u32)), .mapping = mapping.retain() };
+        for (row.pages()[0..shape.heads], 0..) |*page, head| {
+            page.* = @alignCast(base + head * stride);
+        }
+        return row;
+    }
+
     fn destroy(row: *Row, gpa: Allocator, pool: *Pool, shape: Shape) void {
-        pool.release_pages(shape.page_bytes, row.pages()[0..shape.heads]);
+        if (row.mapping) |mapping| {
+            mapping.release();
+        } else {
+            pool.release_pages(shape.page_bytes, row.pages()[0..shape.heads]);
+        }
         gpa.free(row.allocation(shape.heads));
     }
 
@@ -84,9 +111,10 @@ pub const Row = struct {
         if (before == 1) row.destroy(gpa, pool, shape);
     }
 
-    /// Whether one table alone holds this row. Then that stays so until the table's holder shares.
+    /// Whether one table alone holds this row, which then may be written and used again. That stays
+    /// so until the table's holder shares.
     pub fn alone(row: *const Row) bool {
-        return row.references.load(.acquire) == 1;
+        return row.mapping == null and row.references.load(.acquire) == 1;
     }
 
     /// Takes the slots [start, end) of a row that others hold too, or says that somebody has some.

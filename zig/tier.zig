@@ -8,12 +8,16 @@ const Allocator = std.mem.Allocator;
 const format = @import("format.zig");
 const table_file = @import("table.zig");
 const Half = format.Half;
+const Mapping = @import("mapping.zig").Mapping;
 const Pool = @import("pool.zig").Pool;
 const Row = table_file.Row;
 const Shape = table_file.Shape;
 const Table = table_file.Table;
 
 pub const Page = table_file.Page;
+
+/// Rows [first, first + count) of a tier, one after the other in a region of a mapping.
+pub const Piece = struct { first: u64, count: u64, region: u64, offset: u64 };
 
 pub const Tier = struct {
     key: Half,
@@ -65,6 +69,74 @@ pub const Tier = struct {
         other.table = table;
         other.rows = table.live();
         return other;
+    }
+
+    /// Makes an empty tier hold [start, end), in new rows, which are zeros, and in rows that
+    /// `pieces` says are in a mapping. On failure the tier is as it was.
+    pub fn open(
+        tier: *Tier,
+        gpa: Allocator,
+        pool: *Pool,
+        start: u64,
+        end: u64,
+        mapping: ?*Mapping,
+        pieces: []const Piece,
+    ) !void {
+        assert(tier.table == null);
+        const wanted = tier.numbers(start, end);
+        const count = std.math.cast(usize, wanted.end - wanted.first) orelse
+            return error.OutOfMemory;
+        if (count == 0) {
+            if (pieces.len > 0) return error.InvalidArgument;
+            tier.start = start;
+            tier.end = end;
+            return;
+        }
+        const table: *Table = try .create(gpa, count);
+        errdefer table.release(gpa, pool, tier.shape());
+        var next = wanted.first;
+        for (pieces) |piece| {
+            const in_order = piece.first >= next and piece.first <= wanted.end and
+                piece.count <= wanted.end - piece.first;
+            if (!in_order) return error.InvalidArgument;
+            try tier.add_rows(gpa, pool, table, piece.first - next);
+            try tier.add_mapped(gpa, table, mapping orelse return error.InvalidArgument, piece);
+            next = piece.first + piece.count;
+        }
+        try tier.add_rows(gpa, pool, table, wanted.end - next);
+        tier.table = table;
+        tier.rows = table.live();
+        tier.first_page = wanted.first;
+        tier.start = start;
+        tier.end = end;
+        for (tier.rows, 0..) |row, i| {
+            if (row.mapping != null) continue;
+            row.claimed.store(tier.slots_before(tier.first_page + i, end), .release);
+        }
+    }
+
+    fn add_rows(tier: *const Tier, gpa: Allocator, pool: *Pool, table: *Table, count: u64) !void {
+        const rows = try gpa.alloc(*Row, @intCast(count));
+        defer gpa.free(rows);
+        try Row.create_all(gpa, pool, tier.shape(), rows);
+        for (rows) |row| row.zero(tier.shape());
+        table.rows.appendSliceAssumeCapacity(rows);
+    }
+
+    fn add_mapped(
+        tier: *const Tier,
+        gpa: Allocator,
+        table: *Table,
+        mapping: *Mapping,
+        piece: Piece,
+    ) !void {
+        const row_bytes = tier.heads * tier.page_bytes();
+        const bytes = try mapping.slice(piece.region, piece.offset, piece.count * row_bytes);
+        for (0..@intCast(piece.count)) |i| {
+            const base: Page = @alignCast(bytes.ptr + i * row_bytes);
+            const row = try Row.create_mapped(gpa, tier.shape(), mapping, base, tier.page_bytes());
+            table.rows.appendAssumeCapacity(row);
+        }
     }
 
     pub fn tokens(tier: *const Tier) u64 {

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from kvz._load import SnapshotInfo
+from kvz._persist import snapshot_info
 from kvz.batch import append_many, attend_many, reorder
 from kvz.cache import TwoTierCache
 from kvz.config import (
@@ -18,6 +20,7 @@ from kvz.errors import (
     ConfigError,
     CoreError,
     CorruptError,
+    CorruptSnapshotError,
     ForeignBufferError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -26,12 +29,16 @@ from kvz.errors import (
     NotRepresentableError,
     OutOfMemoryError,
     PoolExhaustedError,
+    SnapshotError,
+    SnapshotMismatchError,
+    SnapshotVersionError,
 )
 from kvz.info import Info, get_num_threads, info, set_num_threads
 from kvz.model import ModelCache, ModelStats
 from kvz.plan import Plan, plan
 from kvz.pool import AlignedBuffer, BufferPool, BufferSize, PooledBuffer, PoolStats, default_pool
 from kvz.pooled import PooledBlock, PooledCache, PooledCacheStats
+from kvz.prefix import PrefixCache, PrefixStats
 from kvz.quantize import QuantizedTensor, quantize
 from kvz.stats import CacheStats
 from kvz.transaction import Transaction
@@ -48,6 +55,7 @@ __all__ = [
     "ConfigError",
     "CoreError",
     "CorruptError",
+    "CorruptSnapshotError",
     "ForeignBufferError",
     "HighPrecisionTail",
     "Hybrid",
@@ -68,8 +76,14 @@ __all__ = [
     "PooledCache",
     "PooledCacheStats",
     "Precision",
+    "PrefixCache",
+    "PrefixStats",
     "QuantizedStore",
     "QuantizedTensor",
+    "SnapshotError",
+    "SnapshotInfo",
+    "SnapshotMismatchError",
+    "SnapshotVersionError",
     "Transaction",
     "TwoTierCache",
     "append_many",
@@ -81,6 +95,7 @@ __all__ = [
     "quantize",
     "reorder",
     "set_num_threads",
+    "snapshot_info",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The two-tier cache: the newest tokens as they came, older ones packed. Calls _cache.py."""
+"""The two-tier cache: the newest tokens as they came, older ones packed. Calls _persist.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvz._cache import BaseCache
+from kvz._persist import PersistentCache
 from kvz.config import CacheConfig, HighPrecisionTail, Hybrid, Policy, QuantizedStore
 from kvz.errors import InvalidArgumentError, InvalidTypeError
 from kvz.pool import BufferPool
 from kvz.stats import CacheStats, format_bytes
 
 
-class TwoTierCache(BaseCache):
+class TwoTierCache(PersistentCache):
     """A KV cache of one sequence and one layer.
 
     The newest tokens (the tail) and the first ones (the sinks) stay at `tail_precision`. Older
@@ -57,6 +57,16 @@ class TwoTierCache(BaseCache):
     ) -> None:
         super().__init__(config, pool, core, config_fields)
         self._policy = self._policy_of(self._config)
+
+    @classmethod
+    def _make(
+        cls,
+        config: CacheConfig,
+        tokens_per_block: int,
+        pool: BufferPool | None,
+        core: str | None,
+    ) -> TwoTierCache:
+        return cls(config, pool=pool, core=core)
 
     @staticmethod
     def _policy_of(config: CacheConfig) -> Policy:

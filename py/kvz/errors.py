@@ -51,6 +51,22 @@ class CorruptError(KvzError, ValueError):
     """The state of a cache contradicts itself."""
 
 
+class SnapshotError(KvzError, ValueError):
+    """A file is no snapshot of a cache, or not one that can be used here."""
+
+
+class CorruptSnapshotError(SnapshotError):
+    """A snapshot is damaged or cut off: a checksum or a size does not match."""
+
+
+class SnapshotVersionError(SnapshotError):
+    """A snapshot was written by a later version of kvz."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A snapshot is of another model, kind or configuration than was asked for."""
+
+
 class CoreError(KvzError, OSError):
     """The compiled core cannot be loaded, or stopped in the middle of a call."""
 
@@ -69,4 +85,5 @@ ERRORS: dict[str, type[KvzError]] = {
     "abi_mismatch": AbiMismatchError,
     "foreign_buffer": ForeignBufferError,
     "corrupt": CorruptError,
+    "damaged": CorruptSnapshotError,
 }

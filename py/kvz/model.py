@@ -1,14 +1,17 @@
-"""All layers of one sequence. Calls cache.py and transaction.py."""
+"""All layers of one sequence. Calls cache.py, transaction.py and _persist.py."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-from kvz._core import load
+from kvz._core import load as load_core
+from kvz._persist import Source, load_layers
+from kvz._save import save
 from kvz.arrays import as_count
 from kvz.cache import TwoTierCache
 from kvz.config import CacheConfig
@@ -98,7 +101,7 @@ class ModelCache:
     ) -> None:
         configs = configs_of(config, num_layers)
         if pool is None:
-            pool = default_pool(load(core).name)
+            pool = default_pool(load_core(core).name)
         layers: list[TwoTierCache] = []
         try:
             for one in configs:
@@ -205,6 +208,56 @@ class ModelCache:
     def transaction(self) -> Transaction:
         """Begin something that may be undone without a trace, in all layers together."""
         return Transaction(*self._layers)
+
+    # -- On disk ---------------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fingerprint: Mapping[str, Any] | None = None,
+        incremental: bool = False,
+    ) -> int:
+        """Write all layers to one file, as `TwoTierCache.save` writes one cache.
+
+        Returns
+        -------
+        int
+            Bytes written; 0 if the snapshot was up to date.
+        """
+        return save(self._layers, path, fingerprint, incremental)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        fingerprint: Mapping[str, Any] | None = None,
+        configs: Iterable[CacheConfig] | None = None,
+        convert: bool = False,
+        mmap: bool = False,
+        pool: BufferPool | None = None,
+        core: str | None = None,
+    ) -> ModelCache:
+        """Make a cache of what `save` wrote, as `TwoTierCache.load` does.
+
+        Parameters
+        ----------
+        configs : iterable of CacheConfig, optional
+            What every layer is expected to be.
+
+        Raises
+        ------
+        SnapshotError, PoolExhaustedError, OSError
+            As from `TwoTierCache.load`.
+        """
+        wanted = None if configs is None else configs_of(configs, None)
+        if pool is None:
+            pool = default_pool(load_core(core).name)
+        source = Source(path, fingerprint, mmap, pool, core)
+        made = object.__new__(cls)
+        made._layers = tuple(load_layers(TwoTierCache, source, wanted, convert))
+        return made
 
     def clear(self) -> None:
         """Forget everything; the next token has position 0."""

@@ -6,6 +6,7 @@ Called by cache.py and pooled.py; calls _core.py.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from dataclasses import asdict, dataclass
@@ -76,6 +77,8 @@ class PoolStats:
     max_bytes : int or None
     huge_pages : bool
         Whether the memory asks for huge pages.
+    bytes_spilled, bytes_written : int
+        What is in the spill file now, and what was written to it so far.
     """
 
     hits: int = 0
@@ -91,6 +94,8 @@ class PoolStats:
     bytes_high_water: int = 0
     max_bytes: int | None = None
     huge_pages: bool = False
+    bytes_spilled: int = 0
+    bytes_written: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -116,6 +121,13 @@ class BufferPool:
         Overwrite buffers with zeros when they come back.
     core : {"native", "wasm"}, optional
         The core whose memory this is; caches on the pool use the same.
+    spill : path, optional
+        A file for what `max_bytes` leaves no room for. It must not exist yet, and exists without
+        a name until the last cache of the pool is closed. A cache that needs more pages moves its
+        oldest ones there, 2048 tokens at a time, unless forks share them; attention reads them from
+        there and gives the same bits. One append still has to fit. Linux and macOS, native core.
+    spill_write_bytes : int, optional
+        What may be written to that file over its life; then the pool refuses as if it had none.
 
     Examples
     --------
@@ -133,6 +145,9 @@ class BufferPool:
         max_bytes: int | None = None,
         zero_on_release: bool = False,
         core: str | None = None,
+        *,
+        spill: str | os.PathLike[str] | None = None,
+        spill_write_bytes: int | None = None,
     ) -> None:
         self._core = load(core)
         self._max_bytes = None if max_bytes is None else as_count(max_bytes, "max_bytes", 1)
@@ -148,6 +163,27 @@ class BufferPool:
         with self._core.frame() as frame:
             pointer = self._core.create("pool_new", frame.ref(config))
         self._handle = Handle("BufferPool", pointer, self._core.pool_free)
+        self._spills = spill is not None
+        if spill is not None:
+            self._open_spill(spill, spill_write_bytes)
+        elif spill_write_bytes is not None:
+            raise InvalidArgumentError("spill_write_bytes: expected only beside spill")
+
+    def _open_spill(self, path: str | os.PathLike[str], write_bytes: int | None) -> None:
+        """Give the core a file of its own."""
+        limit = 0 if write_bytes is None else as_count(write_bytes, "spill_write_bytes", 1)
+        if self._max_bytes is None:
+            raise InvalidArgumentError("spill: expected max_bytes beside it, the budget of memory")
+        if not self._core.shares_memory or os.name != "posix":
+            raise InvalidArgumentError("spill: not on Windows, and not on the wasm core")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.unlink(path)  # the system takes it back when the process ends, however that may be
+        try:
+            with self._handle as pool:
+                self._core.check(self._core.pool_set_spill(pool, file, limit))
+        except BaseException:
+            os.close(file)
+            raise
 
     @property
     def core(self) -> str:
@@ -204,6 +240,8 @@ class BufferPool:
             bytes_high_water=out.bytes_high_water,
             max_bytes=self._max_bytes,
             huge_pages=bool(out.huge_pages),
+            bytes_spilled=out.bytes_spilled,
+            bytes_written=out.bytes_written,
         )
 
     def close(self) -> None:

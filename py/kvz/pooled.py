@@ -1,4 +1,4 @@
-"""The cache without a store: everything stays as it came, in pages. Calls _cache.py, pool.py."""
+"""The cache without a store: everything stays as it came, in pages. Calls _persist.py, pool.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvz._cache import BaseCache
+from kvz._persist import PersistentCache
 from kvz.arrays import Floats, as_count, as_float32
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, InvalidTypeError
@@ -51,7 +51,7 @@ class PooledCacheStats:
         return asdict(self)
 
 
-class PooledCache(BaseCache):
+class PooledCache(PersistentCache):
     """A KV cache of one sequence and one layer that packs nothing.
 
     All tokens stay at `tail_precision`, in blocks of the pool. `max_tokens` is exact to the token
@@ -91,6 +91,16 @@ class PooledCache(BaseCache):
         if config is None:  # what has no effect here need not fit into max_tokens
             config_fields = {"tail_length": 0, "migration_batch": 1, **config_fields}
         super().__init__(config, pool, core, config_fields, tokens_per_block)
+
+    @classmethod
+    def _make(
+        cls,
+        config: CacheConfig,
+        tokens_per_block: int,
+        pool: BufferPool | None,
+        core: str | None,
+    ) -> PooledCache:
+        return cls(config, pool, tokens_per_block, core=core)
 
     @property
     def tokens_per_block(self) -> int:
