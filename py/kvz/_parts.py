@@ -26,7 +26,7 @@ TIERS = ("sinks", "store", "tail", "kept")  # as the core numbers them
 STATE = ("next", "begin", "boundary", "evicted", "migrated")
 KINDS = ("two_tier", "pooled")
 HASHES = "hashes"
-_POSITION_MAX = 1 << 63
+_POSITION_MAX = 1 << 62  # so that sums of two fit int64
 
 Hashes = NDArray[np.uint64]
 Rows = NDArray[np.int64]
