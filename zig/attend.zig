@@ -1,7 +1,8 @@
 //! Attention over a cache. Work is cut into units (a tier's tokens within one chunk of positions)
 //! and blocks of query rows, always in the same way; a unit's result depends on its tokens alone,
 //! and units merge in the order of positions. So a query gives the same bits alone or in a batch,
-//! on one thread or many. Called by abi.zig, attend_many.zig; calls kernels, state.zig, spill.zig.
+//! on one thread or many. Called by abi.zig and attend_many.zig; calls the kernel table, state.zig,
+//! spill.zig and threads.zig.
 const std = @import("std");
 const cache_file = @import("cache.zig");
 const dispatch = @import("dispatch.zig");
@@ -24,7 +25,8 @@ const Step = step_file.Step;
 const Window = step_file.Window;
 const Tier = @import("tier.zig").Tier;
 
-/// Positions of a chunk: small enough to share among threads, large enough to merge cheaply.
+/// Positions of a chunk: small enough to share among threads, large enough that merging costs
+/// nothing.
 const chunk_tokens = 2048;
 /// Query rows that one task works on while a page is in the nearest cache.
 const task_rows = 64;
