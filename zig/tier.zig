@@ -309,9 +309,12 @@ pub const Tier = struct {
             place.*.copy(shared, shape_of_rows);
             shared.release(gpa, pool, shape_of_rows);
         }
-        for (0..change.added) |_| {
+        for (0..change.added) |i| {
             const row = change.take();
-            row.zero(shape_of_rows);
+            // What an append fills to the last slot needs no zeros first.
+            const first = (change.first_page + change.kept + i) * tier.tokens_per_page;
+            const last = first + @min(tier.key.slots, tier.value.slots) - 1;
+            if (first < change.start or last >= change.end) row.zero(shape_of_rows);
             table.rows.appendAssumeCapacity(row);
         }
         tier.first_page = change.first_page;
