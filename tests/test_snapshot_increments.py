@@ -102,7 +102,7 @@ def test_a_save_stopped_anywhere_leaves_the_last_state(tmp_path: Path, monkeypat
                 with monkeypatch.context() as patch:
                     patch.setattr(Path, "unlink", lambda *_: None)  # nothing is tidied up
                     if stage == "write":
-                        patch.setattr("kvz._save._write_all", stop)
+                        patch.setattr("kvz._save._Disk.write", stop)
                     elif stage == "sync_folder":
                         patch.setattr("kvz._save.sync_folder", stop)
                     else:

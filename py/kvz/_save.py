@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from kvz._state import CacheState
 
 BATCH_BYTES = 1 << 20  # rows are copied and written this many bytes at a time
+SYNC_BYTES = 64 << 20  # are brought to the disk while more is written
 INCREMENTS_MAX = 64
 DEAD_BYTES_MIN = 1 << 20
 
@@ -246,14 +248,14 @@ def _write(
     }
     header = encode(about, tensors, lambda _: "0" * 16)
     hashes = np.empty(pages, "<u8")
-    with _replacing(target) as file:
+    with _replacing(target) as file, _Disk(file) as disk:
         file.seek(len(header))
         at = 0
         for cache, layer in zip(caches, layers, strict=True):
             for number, tier in enumerate(layer.tiers):
                 count = tier.stored * cache._heads
                 table = hashes[at : at + count].reshape(tier.stored, cache._heads)
-                _write_tier(cache, number, tier, file, table)
+                _write_tier(cache, number, tier, disk, table)
                 at += count
         file.write(hashes.view(np.uint8).data)
         written = file.tell()
@@ -263,7 +265,7 @@ def _write(
     return written
 
 
-def _write_tier(cache: CacheState, number: int, tier: Tier, file: BinaryIO, hashes: Hashes) -> None:
+def _write_tier(cache: CacheState, number: int, tier: Tier, disk: _Disk, hashes: Hashes) -> None:
     """Write the rows of a tier that belong into this file, and note their hashes."""
     if not tier.stored:
         return
@@ -276,13 +278,43 @@ def _write_tier(cache: CacheState, number: int, tier: Tier, file: BinaryIO, hash
             rows = min(rows_max, first + count - start)
             pages = buffer[: rows * row_bytes]
             _read_rows(cache, number, (start, rows), pages, hashes[done : done + rows])
-            _write_all(file, pages.data)
+            disk.write(pages.data)
             done += rows
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
+class _Disk:
+    """Writes to a file, and brings it to the disk meanwhile: the sync at the end is short."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._behind = 0  # bytes written since the last sync began
+        self._thread = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+
+    def write(self, data: memoryview) -> None:
+        """Write all of `data`."""
+        while data:
+            count = self._file.write(data)
+            self._behind += count
+            data = data[count:]
+        idle = self._running is None or self._running.done()
+        if self._behind >= SYNC_BYTES and idle:
+            self._raise_failure()
+            self._running = self._thread.submit(os.fsync, self._file.fileno())
+            self._behind = 0
+
+    def _raise_failure(self) -> None:
+        """Wait for the last sync; the system tells of an error only once."""
+        if self._running is not None:
+            self._running.result()
+
+    def __enter__(self) -> _Disk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._raise_failure()
 
 
 @contextmanager
