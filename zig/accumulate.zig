@@ -1,5 +1,6 @@
 //! The value side of attention: outputs of up to four query rows += weights times the values of a
 //! page, read as they are packed. Called by step.zig through the kernel table.
+const std = @import("std");
 const dot = @import("dot.zig");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
@@ -35,7 +36,7 @@ pub const AccumulateArgs = extern struct {
 
 pub fn accumulate(comptime T: type, comptime rows: usize, args: *const AccumulateArgs) void {
     if (T.quantized) return accumulate_integer(T, rows, args);
-    const flight = if (vec.wide_registers) 4 else 2;
+    const flight = if (vec.wide_registers) 4 else comptime @max(1, vec.sums_max / rows);
     const chunks = args.dim / vec.lanes;
     const slots = args.end_slot - args.first_slot;
     var spread = args.ahead.over((chunks / flight + chunks % flight) * slots);
@@ -138,7 +139,7 @@ fn accumulate_planes(
     const groups = args.dim / format.group;
     const codes_bytes = args.dim * format.page_tokens * T.bits / 8;
     const scales: [*]const f16 = @ptrCast(@alignCast(args.values + codes_bytes));
-    var spread = args.ahead.over(groups * loads_per_group(T));
+    var spread = args.ahead.over(groups * loads_per_group(T) * parts_of_group(rows, planes));
     var slots: [rows]Slots = undefined;
     inline for (0..rows) |r| {
         var blocks: [format.blocks_per_page]F = undefined;
@@ -296,6 +297,7 @@ const dither: Slots = blk: {
     break :blk .{ result[0], result[1] };
 };
 
+/// As many rows and halves of a group at a time as there is room for.
 inline fn accumulate_group(
     comptime T: type,
     comptime rows: usize,
@@ -305,34 +307,75 @@ inline fn accumulate_group(
     weights: *const Weights(rows, planes),
     spread: *Spread,
 ) void {
+    const shape = comptime shape_of_parts(rows, planes);
+    const passes = comptime std.math.divCeil(usize, rows, shape.rows) catch unreachable;
+    inline for (0..passes) |pass| {
+        inline for (0..halves_of_group / shape.halves) |part| {
+            accumulate_part(T, rows, planes, .{
+                .row = pass * shape.rows,
+                .rows = comptime @min(shape.rows, rows - pass * shape.rows),
+                .half = part * shape.halves,
+                .halves = shape.halves,
+            }, args, g, weights, spread);
+        }
+    }
+}
+
+const halves_of_group = format.group / vec.lanes;
+const Shape = struct { rows: usize, halves: usize };
+
+/// Rows and halves of a group that there is room for at a time.
+fn shape_of_parts(rows: usize, planes: usize) Shape {
+    const room = dot.accumulators_max / planes;
+    const halves = if (vec.wide_registers) halves_of_group else 1;
+    return .{ .rows = @min(rows, @max(1, room / halves)), .halves = halves };
+}
+
+fn parts_of_group(rows: usize, planes: usize) usize {
+    const shape = shape_of_parts(rows, planes);
+    return (halves_of_group / shape.halves) * ((rows + shape.rows - 1) / shape.rows);
+}
+
+/// Rows of a block and halves of a group.
+const Part = struct { row: usize, rows: usize, half: usize, halves: usize };
+
+inline fn accumulate_part(
+    comptime T: type,
+    comptime rows: usize,
+    comptime planes: usize,
+    comptime part: Part,
+    args: *const AccumulateArgs,
+    g: usize,
+    weights: *const Weights(rows, planes),
+    spread: *Spread,
+) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const loads = loads_per_group(T);
-    const halves = format.group / vec.lanes;
-    var sums: [planes][rows][halves]dot.Accumulator = @splat(@splat(@splat(.init(0))));
+    var sums: [planes][part.rows][part.halves]dot.Accumulator =
+        @splat(@splat(@splat(.init(0))));
     for (0..loads) |l| {
-        const at = (g * loads + l) * format.group * 4;
+        const at = (g * loads + l) * format.group * 4 + part.half * 64;
         spread.turn();
-        var codes: [halves]dot.Codes = undefined;
-        inline for (0..halves) |h| codes[h] = vec.load(dot.Codes, args.values + at + h * 64);
+        var codes: [part.halves]dot.Codes = undefined;
+        inline for (0..part.halves) |h| codes[h] = vec.load(dot.Codes, args.values + at + h * 64);
         inline for (0..T.chunks_per_load) |which| {
             const quad = l * T.chunks_per_load + which;
-            inline for (0..rows) |r| inline for (0..planes) |p| {
-                const word = weights.planes[p][r][quad];
-                inline for (0..halves) |h| if (T.bits == 8) {
+            inline for (0..part.rows) |r| inline for (0..planes) |p| {
+                const word = weights.planes[p][part.row + r][quad];
+                inline for (0..part.halves) |h| if (T.bits == 8) {
                     sums[p][r][h].dot_signed(codes[h], word);
                 } else sums[p][r][h].dot(score.select_nibbles(T, codes[h], which), word);
             };
         }
     }
-    const outputs = args.outputs + g * format.group;
-    const stride = args.output_stride;
-    const corrections: [rows]f32 = args.corrections[0..rows].*;
-    inline for (0..rows) |r| inline for (0..halves) |h| {
-        var sum = sums[0][r][h].get();
-        if (planes == 2) sum = (sum << @splat(low_bits(T))) +% sums[1][r][h].get();
+    inline for (0..part.rows) |i| inline for (0..part.halves) |h| {
+        const r = part.row + i;
+        var sum = sums[0][i][h].get();
+        if (planes == 2) sum = (sum << @splat(low_bits(T))) +% sums[1][i][h].get();
         if (T.offset != 0) sum -%= @as(I, @splat(weights.biases[r]));
-        const at = outputs + r * stride + h * vec.lanes;
-        const before = vec.load(F, at) * vec.splat(corrections[r]);
+        const column = g * format.group + (part.half + h) * vec.lanes;
+        const at = args.outputs + r * args.output_stride + column;
+        const before = vec.load(F, at) * vec.splat(args.corrections[r]);
         vec.store(at, before + @as(F, @floatFromInt(sum)) * vec.splat(weights.units[r]));
     };
 }

@@ -125,6 +125,14 @@ else if (has.simd128)
 else
     .portable;
 
+/// Accumulators that the registers hold beside what is being added.
+pub const accumulators_max = switch (method) {
+    .vnni512, .maddubs512 => 16,
+    .maddubs256, .maddubs128, .sdot => 4,
+    // These widen the codes first: better some sums on the stack than codes widened again.
+    .wasm_dot, .smull, .portable => 8,
+};
+
 // LLVM intrinsics as extern functions. The SysV convention makes Zig pass vectors by value on
 // Windows too.
 const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
@@ -279,8 +287,36 @@ pub const Accumulator = switch (method) {
             );
         }
     },
-    // NEON without dotprod, and wasm: each lane's sum is kept in two halves until `get`.
-    .smull, .wasm_dot => struct {
+    // wasm: bytes of even and of odd index are 16-bit numbers by a shift or two.
+    .wasm_dot => struct {
+        sum: [4]@Vector(4, i32),
+
+        const V = @Vector(8, i16);
+        const byte: @Vector(8, u4) = @splat(8);
+
+        pub inline fn init(x: i32) @This() {
+            return .{ .sum = @splat(@splat(x)) };
+        }
+        pub inline fn dot(a: *@This(), codes: Codes, word: i32) void {
+            const words: V = @bitCast(@as(@Vector(4, i32), @splat(word)));
+            const even_words, const odd_words = .{ (words << byte) >> byte, words >> byte };
+            inline for (0..4) |k| {
+                const quarter: V = @bitCast(part(16, codes, k));
+                const even, const odd = .{ (quarter << byte) >> byte, quarter >> byte };
+                a.sum[k] +%= wasm.@"llvm.wasm.dot"(even, even_words);
+                a.sum[k] +%= wasm.@"llvm.wasm.dot"(odd, odd_words);
+            }
+        }
+        pub const dot_signed = dot;
+        pub inline fn get(a: @This()) I {
+            return std.simd.join(
+                std.simd.join(a.sum[0], a.sum[1]),
+                std.simd.join(a.sum[2], a.sum[3]),
+            );
+        }
+    },
+    // NEON without dotprod: each lane's sum is kept in two halves until `get`.
+    .smull => struct {
         sum: [8]@Vector(4, i32),
 
         pub inline fn init(x: i32) @This() {
@@ -290,12 +326,9 @@ pub const Accumulator = switch (method) {
             const words: @Vector(8, i8) = @bitCast(@as(@Vector(2, i32), @splat(word)));
             inline for (0..8) |k| {
                 const eighth: @Vector(8, i8) = @bitCast(part(8, codes, k));
-                a.sum[k] +%= if (method == .wasm_dot)
-                    wasm.@"llvm.wasm.dot"(eighth, words)
-                else
-                    arm.@"llvm.aarch64.neon.saddlp.v4i32.v8i16"(
-                        arm.@"llvm.aarch64.neon.smull.v8i16"(eighth, words),
-                    );
+                a.sum[k] +%= arm.@"llvm.aarch64.neon.saddlp.v4i32.v8i16"(
+                    arm.@"llvm.aarch64.neon.smull.v8i16"(eighth, words),
+                );
             }
         }
         pub const dot_signed = dot;

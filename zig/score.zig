@@ -33,11 +33,11 @@ pub fn score(comptime T: type, comptime rows: usize, args: *const ScoreArgs) voi
     if (T.quantized) score_integer(T, rows, args) else score_float(T, rows, args);
 }
 
-/// Dot products along the dimension, 16 lanes wide. As many tokens at a time as make up to 16 sums,
-/// which are then reduced together.
+/// Dot products along the dimension, 16 lanes wide. As many tokens at a time as there is room for
+/// sums, which are then reduced together.
 fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    const tokens = comptime std.math.floorPowerOfTwo(usize, vec.lanes / rows);
+    const tokens = comptime std.math.floorPowerOfTwo(usize, @max(1, vec.sums_max / rows));
     const chunk_bytes = vec.lanes * @sizeOf(T.Element);
     const chunks = args.dim / vec.lanes;
     const q = args.query;
@@ -45,7 +45,7 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
     const end = std.mem.alignForward(usize, args.end_slot, tokens);
     var spread = args.ahead.over((end - slot) / tokens * chunks);
     while (slot < end) : (slot += tokens) {
-        var sums: [vec.lanes]F = @splat(vec.splat(0));
+        var sums: [rows * tokens]F = @splat(vec.splat(0));
         for (0..chunks) |chunk| {
             spread.turn();
             var keys: [tokens]F = undefined;
@@ -58,7 +58,7 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
                 inline for (0..tokens) |t| sums[r * tokens + t] += keys[t] * x;
             }
         }
-        const scores: [vec.lanes]f32 = vec.fold_each(.add, F, vec.lanes, &sums);
+        const scores: [rows * tokens]f32 = vec.fold_each(.add, F, rows * tokens, &sums);
         inline for (0..rows) |r| {
             @memcpy(args.scores[r][slot..][0..tokens], scores[r * tokens ..][0..tokens]);
         }
@@ -66,22 +66,30 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
 }
 
 /// Exact integer dot products of a group for 16 slots at a time, then one multiplication by the
-/// scales of key and query; groups are added in order.
+/// scales of key and query; groups are added in order. As many rows at a time as there is room for.
 fn score_integer(comptime T: type, comptime rows: usize, args: *const ScoreArgs) void {
     const planes = T.query_planes;
     // Blocks in flight: as many as the registers hold.
     const flight = if (vec.wide_registers) format.blocks_per_page / planes else 1;
+    const together: usize = comptime @min(rows, @max(1, dot.accumulators_max / planes / flight));
+    const passes = comptime std.math.divCeil(usize, rows, together) catch unreachable;
     const loads = args.query.groups() * loads_per_group(T);
     const first_block = args.first_slot / format.block_slots;
     const end_block = (args.end_slot - 1) / format.block_slots + 1;
     const blocks = end_block - first_block;
-    var spread = args.ahead.over(loads * (blocks / flight + blocks % flight));
+    var spread = args.ahead.over(loads * passes * (blocks / flight + blocks % flight));
     var block = first_block;
     while (block + flight <= end_block) : (block += flight) {
-        score_blocks(T, rows, flight, args, block, &spread);
+        inline for (0..passes) |pass| {
+            const count = comptime @min(together, rows - pass * together);
+            score_blocks(T, pass * together, count, flight, args, block, &spread);
+        }
     }
     while (block < end_block) : (block += 1) {
-        score_blocks(T, rows, 1, args, block, &spread);
+        inline for (0..passes) |pass| {
+            const count = comptime @min(together, rows - pass * together);
+            score_blocks(T, pass * together, count, 1, args, block, &spread);
+        }
     }
 }
 
@@ -91,6 +99,7 @@ fn loads_per_group(comptime T: type) usize {
 
 fn score_blocks(
     comptime T: type,
+    comptime first_row: usize,
     comptime rows: usize,
     comptime blocks: usize,
     args: *const ScoreArgs,
@@ -102,6 +111,7 @@ fn score_blocks(
     const bias = if (T.bits == 8) dot.code_bias else T.offset;
     const loads = loads_per_group(T);
     const q = args.query;
+    const row = args.row + first_row;
     const words = q.dim / 4;
     const groups = q.groups();
     const run_bytes = format.page_tokens * 4; // one word of every slot
@@ -110,7 +120,7 @@ fn score_blocks(
     for (0..groups) |g| {
         var sums: [planes][rows][blocks]dot.Accumulator = undefined;
         inline for (0..rows) |r| {
-            const start = -bias *% q.sums[(args.row + r) * groups + g];
+            const start = -bias *% q.sums[(row + r) * groups + g];
             inline for (0..blocks) |b| {
                 sums[planes - 1][r][b] = .init(start);
                 if (planes == 2) sums[0][r][b] = .init(0);
@@ -124,7 +134,7 @@ fn score_blocks(
             inline for (0..T.chunks_per_load) |chunk| {
                 const word = g * format.group / 4 + l * T.chunks_per_load + chunk;
                 inline for (0..rows) |r| inline for (0..planes) |p| {
-                    const y = q.planes[((args.row + r) * 2 + p) * words + word];
+                    const y = q.planes[((row + r) * 2 + p) * words + word];
                     inline for (0..blocks) |b| sums[p][r][b].dot(
                         select_nibbles(T, codes[b], chunk),
                         y,
@@ -138,13 +148,13 @@ fn score_blocks(
             inline for (0..rows) |r| {
                 var sum = sums[0][r][b].get();
                 if (planes == 2) sum = (sum << @splat(7)) +% sums[1][r][b].get();
-                const unit = key_scale * vec.splat(q.scales[(args.row + r) * groups + g]);
+                const unit = key_scale * vec.splat(q.scales[(row + r) * groups + g]);
                 totals[r][b] += @as(F, @floatFromInt(sum)) * unit;
             }
         }
     }
     inline for (0..rows) |r| inline for (0..blocks) |b| {
-        vec.store(@as([*]f32, &args.scores[r]) + (block + b) * 16, totals[r][b]);
+        vec.store(@as([*]f32, &args.scores[first_row + r]) + (block + b) * 16, totals[r][b]);
     };
 }
 

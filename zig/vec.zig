@@ -24,8 +24,10 @@ pub const has = struct {
     pub const f16_conversion = (x86 and cpu.has(.x86, .f16c)) or arm;
 };
 
-/// 32 vector registers of 64 bytes: kernels keep more accumulators in flight.
+/// 32 vector registers of 64 bytes: kernels keep more sums in flight.
 pub const wide_registers = has.avx512;
+/// Vectors of sums that the registers hold beside what is being added.
+pub const sums_max = if (has.avx512) 16 else if (has.avx2 or has.arm) 4 else 2;
 
 pub fn load(comptime V: type, source: anytype) V {
     const bytes: [*]const u8 = @ptrCast(source);
