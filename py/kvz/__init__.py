@@ -32,6 +32,7 @@ from kvz.errors import (
     SnapshotError,
     SnapshotMismatchError,
     SnapshotVersionError,
+    UnsupportedError,
 )
 from kvz.info import Info, get_num_threads, info, set_num_threads
 from kvz.model import ModelCache, ModelStats
@@ -86,6 +87,7 @@ __all__ = [
     "SnapshotVersionError",
     "Transaction",
     "TwoTierCache",
+    "UnsupportedError",
     "append_many",
     "attend_many",
     "default_pool",

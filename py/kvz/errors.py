@@ -51,6 +51,10 @@ class CorruptError(KvzError, ValueError):
     """The state of a cache contradicts itself."""
 
 
+class UnsupportedError(KvzError, NotImplementedError):
+    """Another library asks for something that kvz cannot do, or not without unpacking."""
+
+
 class SnapshotError(KvzError, ValueError):
     """A file is no snapshot of a cache, or not one that can be used here."""
 

@@ -1,0 +1,1 @@
+"""kvz inside other libraries, a module for each. None is imported before it is asked for."""
