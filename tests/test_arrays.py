@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -292,3 +294,107 @@ def test_bfloat16_is_the_upper_half_of_float32(core: Any, bits: int) -> None:
     expected = np.full((1, H, D), bits << 16, np.uint32).view(np.float32)
     same_bits(cache.get_all_kv()[0], expected)
     same_bits(arrays.as_float32(one, "x"), expected)
+
+
+def torch_out(shape: tuple[int, ...]) -> Any:
+    return pytest.importorskip("torch").zeros(shape)
+
+
+def mlx_out(shape: tuple[int, ...]) -> Any:
+    return memoryview(pytest.importorskip("mlx.core").zeros(shape))
+
+
+#: What `attend` may write to, of a shape.
+OUTPUTS: dict[str, Callable[[tuple[int, ...]], Any]] = {
+    "numpy": lambda shape: np.zeros(shape, np.float32),
+    "torch": torch_out,
+    "mlx": mlx_out,
+    "memoryview": lambda shape: memoryview(np.zeros(shape, np.float32)),
+    "bytearray": lambda shape: bytearray(4 * math.prod(shape)),
+    "array": lambda shape: array.array("f", [0.0] * math.prod(shape)),
+    "mmap": lambda shape: mmap.mmap(-1, 4 * math.prod(shape)),
+}
+
+
+def written(out: Any, shape: tuple[int, ...]) -> Floats:
+    flat = np.asarray(out) if hasattr(out, "shape") else np.frombuffer(out, np.float32)
+    return flat.reshape(shape)
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("n", [None, 3])
+def test_any_writable_buffer_takes_the_result(core: Any, kind: str, n: int | None) -> None:
+    """The numbers are those of a new array, in place, and what is returned is what was given."""
+    cache = make(core, **FIELDS)
+    cache.append(*kv(20))
+    query = queries(cache.config, n, per_kv_head=2)
+    shape = (*query.shape[:-1], DV)
+    for options in ({}, {"window": 7}, {"return_lse": True}):
+        expected = cache.attend(query, **options)
+        out = OUTPUTS[kind](shape)
+        got = cache.attend(query, out=out, **options)
+        first = got[0] if isinstance(got, tuple) else got
+        assert first is out
+        if isinstance(got, tuple):
+            same_bits(got[1], expected[1])
+            expected = expected[0]
+        same_bits(written(out, shape), expected)
+
+
+REFUSED_OUTPUTS: dict[str, tuple[Callable[[tuple[int, ...]], Any], str]] = {
+    "a list": (lambda shape: [0.0], "writable buffer of float32, got list"),
+    "text": (lambda shape: "out", "got str"),
+    "bytes": (lambda shape: bytes(4 * math.prod(shape)), "writable"),
+    "read-only": (lambda shape: read_only(np.zeros(shape, np.float32)), "writable"),
+    "too few bytes": (lambda shape: bytearray(7), "float32"),
+    "doubles": (lambda shape: array.array("d", [0.0] * math.prod(shape)), "float64"),
+    "another shape": (lambda shape: np.zeros(shape[::-1], np.float32), "shape"),
+    "torch f16": (lambda shape: torch_out(shape).half(), "float16"),
+    "torch strided": (lambda shape: torch_out(shape[::-1]).t(), "contiguous"),
+    "torch with gradient": (lambda shape: torch_out(shape).requires_grad_(), "detach"),
+    "torch meta": (lambda shape: torch_out(shape).to("meta"), "host memory"),
+    "jax": (lambda shape: pytest.importorskip("jax.numpy").zeros(shape), "writable"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_OUTPUTS)
+def test_what_cannot_take_the_result_is_refused(core: Any, kind: str) -> None:
+    """Before anything is computed, with what was got and what was expected."""
+    cache = make(core, **FIELDS)
+    cache.append(*kv(20))
+    query = queries(cache.config, None, per_kv_head=2)
+    make_out, text = REFUSED_OUTPUTS[kind]
+    out = make_out((query.shape[0], DV))
+    with pytest.raises(kvz.KvzError, match=rf"^out: expected .*{text}"):
+        cache.attend(query, out=out)
+
+
+def test_a_query_may_lie_where_the_result_goes(core: Any) -> None:
+    """Overlapping memory of torch is seen too."""
+    torch = pytest.importorskip("torch")
+    cache = make(core, **{**FIELDS, "value_dim": D})
+    keys, _ = kv(20)
+    cache.append(keys, keys)
+    query = torch.from_numpy(queries(cache.config, None, per_kv_head=2).copy())
+    expected = cache.attend(query.clone())
+    assert cache.attend(query, out=query) is query
+    same_bits(query.numpy(), expected)
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "mlx"])
+def test_options_take_arrays_of_any_library(core: Any, library: str) -> None:
+    """Masks, slopes and sinks as well as queries."""
+    to: Callable[[Any], Any] = {
+        "torch": lambda x: pytest.importorskip("torch").from_numpy(x.copy()),
+        "jax": lambda x: pytest.importorskip("jax.numpy").asarray(x),
+        "mlx": lambda x: pytest.importorskip("mlx.core").array(x),
+    }[library]
+    cache = make(core, **FIELDS)
+    cache.append(*kv(20))
+    query = queries(cache.config, 3, per_kv_head=2)
+    slopes, sinks = rows(1, 1, query.shape[1], 3)[0, 0], rows(1, 1, query.shape[1], 4)[0, 0]
+    mask = rows(3, 1, 20, 5)[:, 0]
+    for one in (mask, mask > 0):
+        options = {"mask": one, "alibi_slopes": slopes, "sinks": sinks}
+        foreign = {name: to(x) for name, x in options.items()}
+        same_bits(cache.attend(to(query), **foreign), cache.attend(query, **options))

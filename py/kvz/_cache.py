@@ -13,8 +13,18 @@ import numpy as np
 
 from kvz._attend import PLAIN, Call, Options, attend
 from kvz._evict import EvictingCache
-from kvz.arrays import F32, Borrowed, Floats, address_of, as_count, as_float32, as_number, borrow
-from kvz.errors import InvalidArgumentError, InvalidTypeError
+from kvz.arrays import (
+    F32,
+    Borrowed,
+    Floats,
+    address_of,
+    as_count,
+    as_float32,
+    as_number,
+    as_output,
+    borrow,
+)
+from kvz.errors import InvalidArgumentError
 from kvz.pool import AlignedBuffer
 
 _byte_of: Any = ctypes.c_char.from_buffer
@@ -138,7 +148,7 @@ class BaseCache(EvictingCache):
         mask: Any = None,
         return_lse: bool = False,
         return_mass: bool = False,
-        out: Floats | None = None,
+        out: Any = None,
     ) -> Any:
         """Softmax attention of the newest tokens over all T tokens held.
 
@@ -167,30 +177,36 @@ class BaseCache(EvictingCache):
             Also return the log-sum-exp, (Hq,) or (N, Hq) float32, and the probability that each
             token got, summed over the N queries, (Hq, T) float32.
         out : (Hq, Dv) or (N, Hq, Dv) float32, C-contiguous, optional
-            Where to write the result.
+            Where to write the result: a numpy array, a torch tensor, or any writable buffer.
 
         Returns
         -------
-        (Hq, Dv) or (N, Hq, Dv) float32, or a tuple (out[, lse][, mass])
+        (Hq, Dv) or (N, Hq, Dv) float32, `out` if given, or a tuple (out[, lse][, mass])
         """
         if type(query) is not np.ndarray or query.dtype is not F32:
             query = as_float32(query, "query")
         shape = query.shape
         if not 1 < len(shape) < 4 or shape[-1] != self._head_dim or shape[-2] % self._heads:
             raise self._query_error(shape)
+        given_out = out
         if out is None:
             out = np.empty((*shape[:-1], self._value_dim), F32)
         else:
-            query = self._check_out(out, (*shape[:-1], self._value_dim), query)
+            out = as_output(out, (*shape[:-1], self._value_dim), "out")
+            query = query.copy() if np.may_share_memory(query, out) else query
         scale = self._scale if scale is None else as_number(scale, "scale")
         if (
             causal is True
             and window is softcap is alibi_slopes is sinks is mask is None
             and return_lse is return_mass is False
         ):
-            return self._attend_plain(query, scale, out)
-        given = (causal, window, softcap, alibi_slopes, sinks, mask, return_lse, return_mass)
-        return self._attend(query, scale, out, Options(*given))
+            result = self._attend_plain(query, scale, out)
+        else:
+            given = (causal, window, softcap, alibi_slopes, sinks, mask, return_lse, return_mass)
+            result = self._attend(query, scale, out, Options(*given))
+        if given_out is None or given_out is out:
+            return result
+        return (given_out, *result[1:]) if isinstance(result, tuple) else given_out
 
     def _attend_plain(self, query: Floats, scale: float, out: Floats) -> Any:
         """Attend without options, in few steps on the native core."""
@@ -231,17 +247,6 @@ class BaseCache(EvictingCache):
             f"query: expected shape (Hq, {dim}) or (N, Hq, {dim}) with Hq a multiple of {heads}, "
             f"got {shape}"
         )
-
-    def _check_out(self, out: Any, shape: tuple[int, ...], query: Floats) -> Floats:
-        """Refuse an `out` that cannot take the result; return the query, apart from it."""
-        if not isinstance(out, np.ndarray) or out.dtype != F32:
-            got = getattr(out, "dtype", type(out).__name__)
-            raise InvalidTypeError(f"out: expected a numpy array of float32, got {got}")
-        if out.shape != shape:
-            raise InvalidArgumentError(f"out: expected shape {shape}, got {out.shape}")
-        if not out.flags.carray:
-            raise InvalidArgumentError("out: expected a writable, C-contiguous, aligned array")
-        return query.copy() if np.may_share_memory(query, out) else query
 
     def get_all_kv(self) -> tuple[Floats, Floats]:
         """Return copies of all keys and values held, oldest first, as they read back.

@@ -77,12 +77,12 @@ class Borrowed(NamedTuple):
 class _Interface:
     """Makes numpy see a borrowed array, and keep its owner."""
 
-    def __init__(self, borrowed: Borrowed) -> None:
+    def __init__(self, borrowed: Borrowed, *, writable: bool = False) -> None:
         bits = BITS[borrowed.dtype]
         self.owner = borrowed.owner
         self.__array_interface__ = {
             "version": 3,
-            "data": (borrowed.address, True),
+            "data": (borrowed.address, not writable),
             "typestr": bits.str,
             "shape": borrowed.shape,
             "strides": tuple(stride * bits.itemsize for stride in borrowed.strides),
@@ -124,6 +124,63 @@ def as_float32(x: Any, what: str) -> Floats:
     with np.errstate(over="ignore"):
         found: Floats = np.require(bits, F32, ["C", "A"])
         return found
+
+
+def as_output(out: Any, shape: tuple[int, ...], what: str) -> Floats:
+    """Return the memory of `out` as a writable float32 numpy array of this shape.
+
+    Parameters
+    ----------
+    out : numpy array, torch tensor, or any writable buffer
+        Of float32 and this shape; a flat buffer of as many numbers or bytes will do.
+    shape : tuple of int
+    what : str
+        The name of the argument, for messages.
+
+    Raises
+    ------
+    InvalidTypeError
+        `out` is nothing to write float32 to.
+    InvalidArgumentError
+        It has another shape, or is read-only or not C-contiguous.
+    """
+    if isinstance(out, np.ndarray):
+        view = out
+    elif hasattr(out, "data_ptr") and hasattr(out, "stride"):
+        view = _torch_output(out, what)
+    else:
+        view = _buffer_output(out, shape, what)
+    if view.dtype != F32:
+        raise InvalidTypeError(f"{what}: expected an array of float32, got {view.dtype}")
+    if view.shape != shape:
+        raise InvalidArgumentError(f"{what}: expected shape {shape}, got {view.shape}")
+    if not view.flags.carray:
+        raise InvalidArgumentError(f"{what}: expected a writable, C-contiguous, aligned array")
+    return view
+
+
+def _torch_output(out: Any, what: str) -> NDArray[Any]:
+    """View a tensor, unless writing to its memory is not writing to the tensor."""
+    if out.requires_grad or out.is_neg():
+        raise InvalidTypeError(f"{what}: expected a plain tensor without gradient; use .detach()")
+    borrowed = _borrow_torch(out, what)
+    if borrowed.dtype != "f32":
+        raise InvalidTypeError(f"{what}: expected an array of float32, got {out.dtype}")
+    return np.asarray(_Interface(borrowed, writable=True))
+
+
+def _buffer_output(out: Any, shape: tuple[int, ...], what: str) -> NDArray[Any]:
+    """View a buffer; a flat one takes the shape of the result, bytes become float32."""
+    try:
+        with memoryview(out) as memory:
+            view = np.asarray(memory)
+    except (TypeError, ValueError, BufferError) as error:
+        raise InvalidTypeError(
+            f"{what}: expected an array or a writable buffer of float32, got {type(out).__name__}"
+        ) from error
+    if view.ndim == 1 and view.dtype.itemsize == 1 and view.nbytes == 4 * math.prod(shape):
+        view = view.view(F32) if view.flags.c_contiguous else view
+    return view.reshape(shape) if view.ndim == 1 and view.size == math.prod(shape) else view
 
 
 def address_of(array: NDArray[Any]) -> int:
