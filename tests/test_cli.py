@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from kvz import cli, selftest
+from kvz import cli, completion, selftest
 from kvz.errors import CoreError
 
 
-@pytest.mark.parametrize("options", [["--help"], ["demo", "--help"], ["info", "--help"]])
-def test_help(options, capsys):
+@pytest.mark.parametrize("command", [None, "demo", "chat", "plan", "info", "completion"])
+def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(options)
+        cli.main([command, "--help"] if command else ["--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("usage: kvz")
 
@@ -37,6 +38,9 @@ def test_version(capsys):
         ["demo", "--store", "q8/q4/q4"],
         ["demo", "--tokens", "-1"],
         ["demo", "--tail", "many"],
+        ["plan", "--layers", "0"],
+        ["plan", "--memory", "8 bananas"],
+        ["completion", "csh"],
     ],
 )
 def test_a_wrong_command_line_is_code_2(options, capsys):
@@ -88,6 +92,40 @@ def test_errors_that_nobody_expected_keep_their_traceback(monkeypatch):
         cli.main(["info"])
 
 
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion(shell, capsys):
+    """The script names every command and option; bash itself completes with it."""
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for name, (_, options) in completion.commands_of(cli.parser()).items():
+        assert name in script
+        for option in options:
+            words = option.flags[-1:] or option.choices
+            assert all((x.lstrip("-") if shell == "fish" else x) in script for x in words)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["kvz", "pl"], "plan"),
+        (["kvz", "info", "--j"], "--json"),
+        (["kvz", "info", "--core", "w"], "wasm"),
+        (["kvz", "completion", "z"], "zsh"),
+        (["kvz", "info", "--nothing"], ""),
+    ],
+)
+def test_completion_in_bash(words, expected, capsys):
+    cli.main(["completion", "bash"])
+    line = " ".join(words)
+    code = (
+        f"{capsys.readouterr().out}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _kvz; "
+        'echo "${COMPREPLY[*]}"'
+    )
+    ran = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == expected
+
+
 def test_as_a_module():
     ran = subprocess.run(
         [sys.executable, "-m", "kvz", "--help"], capture_output=True, text=True, check=True
@@ -96,12 +134,12 @@ def test_as_a_module():
     assert "info" in ran.stdout
 
 
-def test_help_needs_no_demo_and_no_core():
+def test_help_needs_no_numpy_and_no_core():
     """The command line is quick because it imports only what a command needs."""
     code = (
         "import sys; from kvz import cli; cli.parser(); "
         "print([name for name in sys.modules if name.startswith(('kvz.demo', 'gguf', 'wasmtime', "
-        "'tokenizers', 'rich', 'kvz.selftest'))])"
+        "'tokenizers', 'rich', 'kvz.selftest', 'numpy', 'ctypes'))])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

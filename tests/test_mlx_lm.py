@@ -146,17 +146,6 @@ def test_trim_and_the_rest_of_the_protocol() -> None:
         cache[0].state = [mx.zeros(3)]
 
 
-def test_max_kv_size_keeps_the_first_and_the_newest() -> None:
-    """The same tokens as in mlx-lm's rotating cache, and no more."""
-    model = model_of("qwen3")
-    expected = greedy(model, mlx_cache.make_prompt_cache(model, 40))
-    cache = make_prompt_cache(model, 40, **EXACT)
-    assert greedy(model, cache) == expected
-    assert len(cache[0].rows[0]) == 40
-    assert cache[0].rows[0].stats().sink_tokens == 4
-    assert not cache[0].is_trimmable()
-
-
 def test_what_cannot_be_served_is_refused() -> None:
     class Odd:
         def make_cache(self) -> list[Any]:

@@ -124,3 +124,22 @@ def test_one_version_of_zig_is_named(installed: metadata.Distribution) -> None:
     assert minimum
     assert pins
     assert set(pins) == {minimum.group(1)}
+
+
+def test_names_are_loaded_when_they_are_asked_for() -> None:
+    """Importing kvz imports nothing; a function keeps its name beside the module it lives in."""
+    code = (
+        "import sys, kvz; assert 'numpy' not in sys.modules; import kvz.info, kvz.quantize; "
+        "from kvz import *; print(callable(kvz.info), callable(kvz.quantize), TwoTierCache, "
+        "set(kvz.__all__) <= set(dir(kvz)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "True True <class 'kvz.cache.TwoTierCache'> True\n"
+    with pytest.raises(AttributeError, match="'kvz' has no attribute 'Nothing'"):
+        getattr(kvz, "Nothing")  # noqa: B009
+
+
+def test_every_shadowed_module_is_known() -> None:
+    """A public function with the name of its module is listed, so that it is not overwritten."""
+    modules = {path.stem for path in Path(kvz.__path__[0]).glob("*.py")}
+    assert modules & set(kvz.__all__) == kvz._SHADOWED

@@ -184,23 +184,23 @@ def test_prompt_lookup_decoding_stops_at_eos(name: str) -> None:
 def test_assisted_decoding_matches_greedy_search(name: str, assistant: str) -> None:
     """Rejected tokens of a draft leave no trace, whether many are rejected or none."""
     model = model_of(name)
-    helper = copy.deepcopy(model if assistant == "same" else model_of("llama"))
-    helper.set_attn_implementation("eager")
-    helper.generation_config.num_assistant_tokens = 4
-    helper.generation_config.num_assistant_tokens_schedule = "constant"
+    draft = copy.deepcopy(model if assistant == "same" else model_of("llama"))
+    draft.set_attn_implementation("eager")
+    draft.generation_config.num_assistant_tokens = 4
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
     plain = generate(model, dynamic(model), prompt(1, 30), max_new_tokens=30)
-    got = generate(model, exact(model), prompt(1, 30), max_new_tokens=30, assistant_model=helper)
+    got = generate(model, exact(model), prompt(1, 30), max_new_tokens=30, assistant_model=draft)
     assert torch.equal(got.sequences, plain.sequences)
 
 
 @croppable
 def test_assisted_decoding_sample(name: str) -> None:
     def run(model: Any, cache: Any) -> Any:
-        helper = copy.deepcopy(model_of("llama"))
-        helper.set_attn_implementation("eager")
+        draft = copy.deepcopy(model_of("llama"))
+        draft.set_attn_implementation("eager")
         torch.manual_seed(6)
         return generate(
-            model, cache, prompt(1, 30), assistant_model=helper, do_sample=True, top_k=20
+            model, cache, prompt(1, 30), assistant_model=draft, do_sample=True, top_k=20
         )
 
     model = model_of(name)
@@ -263,7 +263,8 @@ def test_past_key_values_format(name: str) -> None:
         window = mine.sliding_window or 1000
         assert len(mine.rows) == mine.batch_size == 2
         for row in mine.rows:
-            assert len(row) == min(44, window)
+            # What a window hides goes some time after it was packed, a page at a time.
+            assert min(44, window) <= len(row) <= min(44, window + 16 + 8 + 64)
             assert row.next_position == 44
             shape = (row.config.num_kv_heads, row.config.head_dim)
             assert shape == (other.keys.shape[1], other.keys.shape[3])

@@ -1,109 +1,45 @@
 """kvz: a KV cache for transformer inference on CPUs that attends to packed keys and values."""
 
-from typing import Any
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from kvz._load import SnapshotInfo
-from kvz._persist import snapshot_info
-from kvz.batch import append_many, attend_many, reorder
-from kvz.cache import TwoTierCache
-from kvz.config import (
-    CacheConfig,
-    CacheTier,
-    HighPrecisionTail,
-    Hybrid,
-    Precision,
-    QuantizedStore,
-)
-from kvz.errors import (
-    AbiMismatchError,
-    ClosedError,
-    ConfigError,
-    CoreError,
-    CorruptError,
-    CorruptSnapshotError,
-    ForeignBufferError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    KvzError,
-    NotFiniteError,
-    NotRepresentableError,
-    OutOfMemoryError,
-    PoolExhaustedError,
-    SnapshotError,
-    SnapshotMismatchError,
-    SnapshotVersionError,
-    UnsupportedError,
-)
-from kvz.info import Info, get_num_threads, info, set_num_threads
-from kvz.model import ModelCache, ModelStats
-from kvz.plan import Plan, plan
-from kvz.pool import AlignedBuffer, BufferPool, BufferSize, PooledBuffer, PoolStats, default_pool
-from kvz.pooled import PooledBlock, PooledCache, PooledCacheStats
-from kvz.prefix import PrefixCache, PrefixStats
-from kvz.quantize import QuantizedTensor, quantize
-from kvz.stats import CacheStats
-from kvz.transaction import Transaction
+if TYPE_CHECKING:
+    from kvz._api import *  # noqa: F403
 
-__all__ = [
-    "AbiMismatchError",
-    "AlignedBuffer",
-    "BufferPool",
-    "BufferSize",
-    "CacheConfig",
-    "CacheStats",
-    "CacheTier",
-    "ClosedError",
-    "ConfigError",
-    "CoreError",
-    "CorruptError",
-    "CorruptSnapshotError",
-    "ForeignBufferError",
-    "HighPrecisionTail",
-    "Hybrid",
-    "Info",
-    "InvalidArgumentError",
-    "InvalidTypeError",
-    "KvzError",
-    "ModelCache",
-    "ModelStats",
-    "NotFiniteError",
-    "NotRepresentableError",
-    "OutOfMemoryError",
-    "Plan",
-    "PoolExhaustedError",
-    "PoolStats",
-    "PooledBlock",
-    "PooledBuffer",
-    "PooledCache",
-    "PooledCacheStats",
-    "Precision",
-    "PrefixCache",
-    "PrefixStats",
-    "QuantizedStore",
-    "QuantizedTensor",
-    "SnapshotError",
-    "SnapshotInfo",
-    "SnapshotMismatchError",
-    "SnapshotVersionError",
-    "Transaction",
-    "TwoTierCache",
-    "UnsupportedError",
-    "append_many",
-    "attend_many",
-    "default_pool",
-    "get_num_threads",
-    "info",
-    "plan",
-    "quantize",
-    "reorder",
-    "set_num_threads",
-    "snapshot_info",
-]
+    __version__: str
+
+#: Public functions that have the name of the module they live in.
+_SHADOWED = frozenset({"info", "plan", "quantize"})
+
+
+class _Package(ModuleType):
+    """Keeps the import of a module from taking the name of a function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _SHADOWED and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    """Load the public names, and numpy with them, when one is asked for: `kvz --help` asks none."""
     if name == "__version__":
-        from kvz.info import version
-
-        return version()
+        return import_module("kvz.info").version()
+    if name not in _SHADOWED and not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    if name == "__all__" or not name.startswith("_"):
+        api = import_module("kvz._api")
+        names = {each: getattr(api, each) for each in api.__all__}
+        globals().update(names, __all__=api.__all__)
+        if name in globals():
+            return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -156,10 +156,9 @@ class BaseCache(EvictingCache):
 
         Parameters
         ----------
-        query : (Hq, D) or (N, Hq, D) array of floats
-            Of the newest token, or of the N newest; Hq is a multiple of H.
-        scale : float, optional
-            1 / sqrt(D) by default.
+        query : (Hq, D) or (N, Hq, D) array of floats, of the newest token or of the N newest
+            Hq is a multiple of H.
+        scale : float, by default 1 / sqrt(D)
         causal : bool
             Whether a token sees only itself and what came before it.
         window : int, optional
@@ -204,9 +203,8 @@ class BaseCache(EvictingCache):
         else:
             given = (causal, window, softcap, alibi_slopes, sinks, mask, return_lse, return_mass)
             result = self._attend(query, scale, out, Options(*given))
-        if given_out is None or given_out is out:
-            return result
-        return (given_out, *result[1:]) if isinstance(result, tuple) else given_out
+        first = out if given_out is None else given_out
+        return (first, *result[1:]) if isinstance(result, tuple) else first
 
     def _attend_plain(self, query: Floats, scale: float, out: Floats) -> Any:
         """Attend without options, in few steps on the native core."""

@@ -67,7 +67,10 @@ def parser() -> argparse.ArgumentParser:
     main_parser.add_argument("--version", action=Version)
     commands = main_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
+    add_chat(commands)
+    add_plan(commands)
     add_info(commands)
+    add_completion(commands)
     return main_parser
 
 
@@ -127,6 +130,171 @@ def run_demo(options: argparse.Namespace) -> int:
     given.pop("run")
     run(Settings(**given))
     return 0
+
+
+# -- kvz chat --------------------------------------------------------------------------------------
+
+
+def add_chat(commands: Any) -> None:
+    """Add the command ``chat``."""
+    chat = commands.add_parser(
+        "chat",
+        help="talk to the demo's model, on packed caches",
+        description="Reads lines and answers them; the caches live over all turns. Lines that "
+        "begin with / are commands: /help lists them.",
+        epilog='Needs `pip install "kvz[demo]"`, and fetches the model like `kvz demo`.',
+    )
+    option = chat.add_argument
+    option("--store", type=store, metavar="FORMAT", help="q4, q8, f16, ... or q8/q4 (default: q4)")
+    option("--tokens", type=count, metavar="N", help="the longest answer (default: 256)")
+    option("--tail", type=count, metavar="N", help="newest tokens kept in f16 (default: 128)")
+    option("--sinks", type=count, metavar="N", help="first tokens kept in f16 (default: 4)")
+    option("--core", choices=CORES, help="the core to run (default: KVZ_CORE, else native)")
+    option("--threads", type=count, metavar="N", help="threads of the core (default: all)")
+    option("--model", type=Path, metavar="GGUF", help="a GGUF file of SmolLM2")
+    option("--json", action="store_true", dest="as_json", help="print a JSON object for each turn")
+    chat.set_defaults(run=run_chat)
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    """Talk with the options that were given."""
+    from kvz.demo.chat import Settings, run
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    given.pop("run")
+    run(Settings(**given))
+    return 0
+
+
+# -- kvz plan --------------------------------------------------------------------------------------
+
+
+def add_plan(commands: Any) -> None:
+    """Add the command ``plan``."""
+    plan = commands.add_parser(
+        "plan",
+        help="say what the caches of a model take",
+        description="Bytes per token, bytes of a context, and tokens per GB, for each format.",
+        epilog="A model is a config.json of transformers, a folder with one, the name of a model "
+        "in the Hugging Face cache of this machine, or a well-known name such as llama-3.1-8b; "
+        "or numbers: --layers, --kv-heads and --head-dim.",
+    )
+    option = plan.add_argument
+    option("model", nargs="?", help="name or config.json of a model")
+    option("--layers", type=positive, metavar="N", help="layers with keys and values")
+    option("--kv-heads", type=positive, metavar="N", help="heads of keys and values")
+    option("--head-dim", type=positive, metavar="N", help="values per head")
+    option("--context", type=positive, metavar="N", default=4096, help="tokens (default: 4096)")
+    option("--batch", type=positive, metavar="N", default=1, help="sequences (default: 1)")
+    option("--memory", type=size, metavar="SIZE", help="also say what fits: 8GB, 512MiB, ...")
+    option("--tail", type=count, metavar="N", default=256, help="tail_length (default: 256)")
+    option("--sinks", type=count, metavar="N", default=0, help="sink_tokens (default: 0)")
+    option("--json", action="store_true", dest="as_json", help="print a JSON object")
+    plan.set_defaults(run=run_plan)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the table."""
+    from dataclasses import asdict
+
+    from kvz.errors import InvalidArgumentError
+    from kvz.planning import Layers, layers_of, plan_rows
+
+    numbers = (options.layers, options.kv_heads, options.head_dim)
+    if options.model and any(numbers):
+        raise InvalidArgumentError("model: give one, or --layers, --kv-heads and --head-dim")
+    if options.model:
+        layers: tuple[Layers, ...] = layers_of(options.model)
+    elif all(numbers):
+        layers = (Layers(count=numbers[0], num_kv_heads=numbers[1], head_dim=numbers[2]),)
+    else:
+        raise InvalidArgumentError("model: expected one, or --layers, --kv-heads and --head-dim")
+    names = ("context", "batch", "tail", "sinks", "memory")
+    given = {name: getattr(options, name) for name in names}
+    rows = plan_rows(layers, **given)
+    if options.as_json:
+        result = {"layers": list(map(asdict, layers)), **given, "rows": list(map(asdict, rows))}
+        print(json.dumps(result, indent=2))
+    else:
+        print_plan(options, layers, rows)
+    return 0
+
+
+def print_plan(options: argparse.Namespace, layers: Any, rows: Any) -> None:
+    """Print a table for people."""
+    from kvz.demo.report import print_table
+    from kvz.stats import format_bytes
+
+    head = ["\nstore", "bytes/\ntoken", f"{options.context:,}\ntokens", "vs\nf16", "tokens\nper GB"]
+    head += ["fits\ntokens"] if options.memory is not None else []
+    plain = next(row.cache_bytes for row in rows if row.store == "f16")
+    cells = []
+    for row in rows:
+        ratio = plain / row.cache_bytes
+        line = [row.store, f"{row.bytes_per_token:,}", format_bytes(row.cache_bytes)]
+        line += [f"{ratio:.2f}x", f"{row.tokens_per_gb:,}"]
+        cells.append(line + ([f"{row.fitting_context:,}"] if options.memory is not None else []))
+    parts = [
+        f"{one.count} layers of {one.num_kv_heads} kv heads x {one.head_dim}"
+        + (f", window {one.window}" if one.window else "")
+        for one in layers
+    ]
+    caption = (
+        f"{'; '.join(parts)}. {options.batch} sequence{'s' * (options.batch > 1)}; the newest "
+        f"{options.tail}\ntokens and the first {options.sinks} in f16 (f32 beside f32). Pages "
+        "that are not full come on top."
+    )
+    print_table(head, cells, caption)
+
+
+def positive(text: str) -> int:
+    """Read a number of things, one or more."""
+    number = count(text)
+    if not number:
+        raise argparse.ArgumentTypeError("expected 1, 2, 3, ..., got '0'")
+    return number
+
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def size(text: str) -> int:
+    """Read a number of bytes: 8GB, 1.5GiB, 4096."""
+    number = text.rstrip("BbIiKkMmGgTt ")
+    unit = text[len(number) :].strip().lower()
+    try:
+        return int(float(number) * UNITS["" if unit == "b" else unit])
+    except (ValueError, OverflowError, KeyError):
+        raise argparse.ArgumentTypeError(
+            f"expected a size like 8GB or 512MiB, got {text!r}"
+        ) from None
+
+
+# -- kvz completion --------------------------------------------------------------------------------
+
+
+def add_completion(commands: Any) -> None:
+    """Add the command ``completion``."""
+    completion = commands.add_parser(
+        "completion",
+        help="print the completion of a shell",
+        description='For bash: eval "$(kvz completion bash)" in ~/.bashrc; zsh alike; for fish: '
+        "kvz completion fish > ~/.config/fish/completions/kvz.fish",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    completion.set_defaults(run=run_completion)
+
+
+def run_completion(options: argparse.Namespace) -> int:
+    """Print the script."""
+    from kvz.completion import script
+
+    print(script(options.shell, parser()), end="")
+    return 0
+
+
+# -- Values of options -----------------------------------------------------------------------------
 
 
 def store(text: str) -> str | tuple[str, str]:

@@ -26,9 +26,11 @@ from mlx_lm.models import cache as mlx_cache
 from kvz.cache import TwoTierCache
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, UnsupportedError
+from kvz.integrations.align import align_mask
 from kvz.pool import BufferPool
 
 _TOKENS_MAX = 1 << 40
+_SLIDE_TOKENS = 64  # that come between two times that a window slides
 _NAME = "scaled_dot_product_attention"
 
 
@@ -48,7 +50,7 @@ class KvzPromptCache(mlx_cache._BaseCache):
     config : CacheConfig
         Of each sequence; heads and dims are those of the first keys and values.
     max_size : int, optional
-        Tokens that the next one may see, itself included; older ones go, but for the sinks.
+        Of a sliding window: tokens that the next one may see, itself included.
     pool : BufferPool, optional
     core : {"native", "wasm"}, optional
 
@@ -64,7 +66,10 @@ class KvzPromptCache(mlx_cache._BaseCache):
         pool: BufferPool | None = None,
         core: str | None = None,
     ) -> None:
+        if max_size is not None:  # a window would hide them
+            config = replace(config, sink_tokens=0)
         self.config, self.max_size = config, max_size
+        self._slid_at = 0  # the length when the window slid last
         self.pool, self.core = pool, core
         self.rows: list[TwoTierCache] = []
         TwoTierCache(config, pool=pool, core=core).close()  # refuses what is wrong now
@@ -82,9 +87,7 @@ class KvzPromptCache(mlx_cache._BaseCache):
                 f"keys: expected a batch of {len(self.rows)} as before, got {batch}"
             )
         mx.eval(keys, values)
-        if self.max_size is not None:
-            for row in self.rows:
-                row.evict(max(len(row) - self.max_size + 1, 0))
+        self._slide()
         done = []
         try:
             for row, one, other in zip(self.rows, keys, values, strict=True):
@@ -100,11 +103,20 @@ class KvzPromptCache(mlx_cache._BaseCache):
             PackedStates(self, (batch, heads, held, values.shape[-1]), values.dtype),
         )
 
+    def _slide(self) -> None:
+        """Drop what is packed and the next token cannot see, a page of tokens or more at a time."""
+        if self.max_size is None or self.offset - self._slid_at < _SLIDE_TOKENS:
+            return
+        self._slid_at = self.offset
+        for row in self.rows:
+            evictable = row.evictable
+            row.evict(evictable[evictable <= self.offset - self.max_size])
+
     def attend(self, queries: mx.array, scale: float, mask: Any, sinks: Any) -> mx.array:
         """Attend with the newest queries, (batch, query heads, tokens, dim)."""
         given = np.array(queries.astype(mx.float32)).transpose(0, 2, 1, 3)
         out = np.empty((*given.shape[:3], self.rows[0].config.value_dim), np.float32)
-        options: dict[str, Any] = {"causal": isinstance(mask, str)}
+        options: dict[str, Any] = {"causal": isinstance(mask, str), "window": self.max_size}
         if sinks is not None:
             options["sinks"] = sinks.astype(mx.float32)
         seen = None if mask is None or isinstance(mask, str) else _mask_of(mask)
@@ -113,7 +125,7 @@ class KvzPromptCache(mlx_cache._BaseCache):
         for number, row in enumerate(self.rows):
             if seen is not None:
                 one = seen[number if seen.shape[0] > 1 else 0]
-                options["mask"] = one[..., -len(row) :].transpose(1, 0, 2)
+                options["mask"] = align_mask(one, len(row)).transpose(1, 0, 2)
             row.attend(given[number], scale, out=out[number], **options)
         return mx.array(out.transpose(0, 2, 1, 3)).astype(queries.dtype)
 
@@ -126,19 +138,17 @@ class KvzPromptCache(mlx_cache._BaseCache):
 
     def make_mask(
         self,
-        N: int,
+        N: int,  # noqa: N803
         return_array: bool = False,
-        window_size: int | None = None,  # noqa: N803
+        window_size: int | None = None,
     ) -> Any:
         """Make the mask of `N` tokens that are about to come."""
-        held = len(self.rows[0]) if self.rows else 0
-        if self.max_size is not None:
-            sinks = self.config.sink_tokens
-            window_size = window_size or (self.max_size if not sinks else None)
-            held = min(held, self.max_size - 1 + min(sinks, self.offset))
-        if window_size is not None and held + N <= window_size:
-            window_size = None
-        return mlx_cache.create_attention_mask(N, held, return_array, window_size)
+        if self.max_size is None:
+            return mlx_cache.create_attention_mask(N, self.offset, return_array, window_size)
+        window = min(window_size or self.max_size, self.max_size)
+        if not return_array and window == self.max_size:
+            return None if N == 1 else "causal"  # `attend` knows the window
+        return mlx_cache.create_attention_mask(N, min(self.offset, self.max_size - 1), True, window)
 
     @property
     def state(self) -> list[mx.array]:
@@ -157,7 +167,7 @@ class KvzPromptCache(mlx_cache._BaseCache):
 
     def is_trimmable(self) -> bool:
         """Whether `trim` leaves what it should: unless tokens that would be seen again went."""
-        return self.max_size is None or self.offset < self.max_size
+        return self.max_size is None or self._slid_at < self.max_size
 
     def trim(self, n: int) -> int:
         """Take back the `n` newest tokens, or all; return how many."""
@@ -180,12 +190,12 @@ class KvzPromptCache(mlx_cache._BaseCache):
         """Fork: pages are shared until one of the two writes to them."""
         copy = KvzPromptCache(self.config, self.max_size, self.pool, self.core)
         copy.rows = [row.fork() for row in self.rows]
+        copy._slid_at = self._slid_at
         return copy
 
 
 def make_prompt_cache(
     model: Any,
-    max_kv_size: int | None = None,
     *,
     pool: BufferPool | None = None,
     core: str | None = None,
@@ -197,9 +207,6 @@ def make_prompt_cache(
     ----------
     model : mlx.nn.Module
         A language model of mlx-lm.
-    max_kv_size : int, optional
-        As in `mlx_lm.models.cache.make_prompt_cache`: the newest tokens that are kept, beside 4
-        that never go.
     pool : BufferPool, optional
     core : {"native", "wasm"}, optional
     **config_fields
@@ -210,18 +217,14 @@ def make_prompt_cache(
     UnsupportedError
         The model wants a cache that kvz cannot be, or computes attention on its own.
     """
-    wanted = mlx_cache.make_prompt_cache(model, max_kv_size)
+    wanted = mlx_cache.make_prompt_cache(model)
     kinds = sorted({type(one).__name__ for one in wanted} - {"KVCache", "RotatingKVCache"})
     if kinds:
         raise UnsupportedError(f"model: it wants caches of the kind {', '.join(kinds)}")
-    made = []
-    for one in wanted:
-        fields = {"max_tokens": _TOKENS_MAX, **config_fields}
-        keep = getattr(one, "keep", 0)
-        if keep:
-            fields["sink_tokens"] = keep
-        config = CacheConfig(num_kv_heads=1, head_dim=1, **fields)
-        made.append(KvzPromptCache(config, getattr(one, "max_size", None), pool, core))
+    if any(getattr(one, "keep", 0) for one in wanted):
+        raise UnsupportedError("model: it wants caches that keep the first tokens of a window")
+    config = CacheConfig(num_kv_heads=1, head_dim=1, **{"max_tokens": _TOKENS_MAX, **config_fields})
+    made = [KvzPromptCache(config, getattr(one, "max_size", None), pool, core) for one in wanted]
     _switch_attention(model)
     return made
 

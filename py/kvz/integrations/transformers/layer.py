@@ -18,12 +18,15 @@ from kvz.errors import InvalidArgumentError, UnsupportedError
 from kvz.integrations.transformers.states import PackedStates
 from kvz.pool import BufferPool
 
+#: How many tokens come between two times that a window slides.
+_SLIDE_TOKENS = 64
+
 
 class KvzLayer(CacheLayerMixin):
     """Keys and values of one attention layer, packed.
 
-    A layer with a sliding window drops what no later token can see when the next tokens come, so
-    that the newest tokens may be taken back until then.
+    A layer with a sliding window drops packed tokens that no later one can see, some time before
+    others come, so that the newest may be taken back until then.
 
     Parameters
     ----------
@@ -51,11 +54,14 @@ class KvzLayer(CacheLayerMixin):
         core: str | None = None,
     ) -> None:
         super().__init__()
+        if sliding_window is not None:  # which would hide them
+            config = replace(config, sink_tokens=0)
         self.config = config
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.pool, self.core = pool, core
         self.record_past = False
+        self._slid_at = 0  # the length when the window slid last
         self.rows: list[TwoTierCache] = []
 
     # -- What comes in ---------------------------------------------------------------------------
@@ -114,10 +120,14 @@ class KvzLayer(CacheLayerMixin):
         )
 
     def _slide(self) -> None:
-        """Drop what the next token cannot see."""
-        if self.sliding_window is not None:
-            for row in self.rows:
-                row.evict(max(len(row) - self.sliding_window + 1, 0))
+        """Drop what is packed and the next token cannot see, a page of tokens or more at a time."""
+        length = self.get_seq_length()
+        if self.sliding_window is None or length - self._slid_at < _SLIDE_TOKENS:
+            return
+        self._slid_at = length
+        for row in self.rows:
+            evictable = row.evictable
+            row.evict(evictable[evictable <= length - self.sliding_window])
 
     # -- Lengths ---------------------------------------------------------------------------------
 
@@ -166,6 +176,7 @@ class KvzLayer(CacheLayerMixin):
                 )
         for row in self.rows:
             row.trim(count)
+        self._slid_at = min(self._slid_at, self.get_seq_length())
         if self.record_past:
             self._slide()
 
@@ -173,6 +184,7 @@ class KvzLayer(CacheLayerMixin):
         """Forget everything and give the memory back."""
         self._release(self.rows)
         self.rows = []
+        self._slid_at = 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -217,7 +229,7 @@ class KvzLayer(CacheLayerMixin):
         """Fork every sequence: pages are shared until one of the two writes to them."""
         copy = KvzLayer(self.config, self.sliding_window, self.pool, self.core)
         copy.rows = [row.fork() for row in self.rows]
-        copy.record_past = self.record_past
+        copy.record_past, copy._slid_at = self.record_past, self._slid_at
         copy.is_initialized = self.is_initialized
         if self.is_initialized:
             copy.dtype, copy.device = self.dtype, self.device

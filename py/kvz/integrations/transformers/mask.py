@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
+from kvz.integrations.align import align_mask
+
 
 def kvz_mask(
     batch_size: int,
@@ -106,7 +108,7 @@ def row_mask(
     one = given[row if given.shape[0] > 1 else 0]
     if one.dtype not in (torch.bool, torch.float32, torch.float64):
         one = one.to(torch.float32)
-    mask = _aligned(one.numpy(), tokens).transpose(1, 0, 2)  # (queries, heads, keys)
+    mask = align_mask(one.numpy(), tokens).transpose(1, 0, 2)  # (queries, heads, keys)
     if mask.shape[:2] != (1, 1):
         return RowMask(mask, None, False)  # it knows about causality and window
     columns = mask[0, 0]
@@ -115,13 +117,3 @@ def row_mask(
     if columns.all():
         return RowMask(None, window, causal)
     return RowMask(columns, window, causal)
-
-
-def _aligned(mask: NDArray[Any], tokens: int) -> NDArray[Any]:
-    """Bring the last axis to `tokens`, the newest last; what is not spoken of is not seen."""
-    missing = tokens - mask.shape[-1]
-    if missing <= 0:
-        return mask[..., -missing:]
-    unseen = False if mask.dtype == np.bool_ else -np.inf
-    pads = [(0, 0)] * (mask.ndim - 1) + [(missing, 0)]
-    return np.pad(mask, pads, constant_values=unseen)

@@ -1,0 +1,98 @@
+"""`kvz chat` with a model that is no model: turns, commands, and what the caches hold."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+
+from kvz import cli
+from kvz.demo import chat
+
+
+class Letters:
+    """Every character is a token, and the answer is the reversed line."""
+
+    shape = SimpleNamespace(num_layers=2, num_kv_heads=1, head_dim=32, max_tokens=600)
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+        self.read = ""
+
+    def encode(self, text: str) -> Any:
+        return SimpleNamespace(ids=list(map(ord, text)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def forward(self, ids: Sequence[int], caches: Any, *, last: int | None = None) -> Any:
+        self.read += self.decode(ids)
+        for cache in caches:
+            rows = np.ones((len(ids), 1, 32), np.float32)
+            cache.append(rows, rows)
+        return np.zeros((1, 1), np.float32)
+
+    def generate(self, logits: Any, caches: Any, count: int) -> Iterator[int]:
+        line = self.read.rpartition("user\n")[2].partition("<")[0]
+        for index, letter in enumerate(line[::-1][:count]):
+            if index:
+                self.forward([ord(line[::-1][index - 1])], caches)
+            yield ord(letter)
+        if len(line) < count:
+            self.forward([ord(line[0])], caches)
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    model = Letters()
+    monkeypatch.setattr(chat, "load_model", lambda path: model)
+
+    def run(lines: Sequence[str], *options: str) -> tuple[str, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        assert cli.main(["chat", "--model", "none.gguf", *options]) == 0
+        out, err = capsys.readouterr()
+        return out, err, model.read
+
+    return run
+
+
+def test_turns_follow_each_other_on_one_cache(talk: Any) -> None:
+    out, _, read = talk(["abc", "", "defg", "/quit", "never"])
+    assert out == "cba\n\ngfed\n\n"
+    first = chat.SYSTEM + chat.TURN.format(text="abc") + "cba"
+    assert read == first + chat.END_OF_TURN + chat.TURN.format(text="defg") + "gfed"
+
+
+def test_undo_and_reset(talk: Any) -> None:
+    lines = ["abc", "/stats", "defg", "/undo", "/stats", "/undo", "/undo", "x", "/reset", "/stats"]
+    out, err, _ = talk(lines, "--json")
+    turns = [json.loads(line) for line in out.splitlines()]
+    assert [turn["answer"] for turn in turns if "answer" in turn] == ["cba", "gfed", "x"]
+    first, before, _, after, last, empty = turns
+    assert first["total_tokens"] == before["total_tokens"] == after["total_tokens"]
+    assert last["total_tokens"] == first["total_tokens"] - 4
+    assert (empty["total_tokens"], empty["total_bytes"]) == (0, 0)
+    assert "no turn to take back" in err
+
+
+def test_a_long_answer_is_cut_off(talk: Any) -> None:
+    out, _, read = talk(["abcdef", "x"], "--tokens", "3")
+    assert out == "fed\n\nx\n\n"
+    assert "fed" + chat.END_OF_TURN in read
+
+
+def test_what_is_wrong_is_said_and_the_talk_goes_on(talk: Any) -> None:
+    out, err, _ = talk(["/nothing", "/help", "y" * 700, "z", "/stats"], "--store", "q8/q4")
+    assert "no such command: /nothing" in err
+    assert "/undo or /reset makes room" in err
+    assert "z\n\n" in out
+    assert "2 layers of" in out
+    assert "in q8/q4" in out

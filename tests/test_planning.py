@@ -1,0 +1,143 @@
+"""`kvz plan`: what a model's caches take is what they take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvz
+from kvz import cli
+from kvz.errors import InvalidArgumentError
+from kvz.planning import MODELS, STORES, Layers, layers_of, layers_of_config, plan_rows
+
+LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+         "hidden_size": 512}  # fmt: skip
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_planned_bytes_are_those_of_a_cache(core: Any, store: Any) -> None:
+    """Where pages are full, to the byte."""
+    tail = "f32" if store == "f32" else "f16"
+    cache = kvz.TwoTierCache(
+        core=core, num_kv_heads=2, head_dim=64, tail_length=64, migration_batch=64,
+        store_precision=store, tail_precision=tail, max_tokens=4096,
+    )  # fmt: skip
+    cache.append(np.zeros((512, 2, 64), np.float32), np.zeros((512, 2, 64), np.float32))
+    layers = (Layers(count=3, num_kv_heads=2, head_dim=64),)
+    (row,) = plan_rows(layers, context=512, batch=2, tail=64, sinks=0, memory=None, stores=(store,))
+    assert row.cache_bytes == 3 * 2 * cache.nbytes
+    assert row.bytes_per_token == 3 * cache.config.store_bytes_per_token
+    assert row.tokens_per_gb == 10**9 // row.bytes_per_token
+
+
+def test_what_fits_is_the_longest_that_does() -> None:
+    layers = MODELS["gpt-oss-20b"]
+    fields: dict[str, Any] = {"batch": 3, "tail": 64, "sinks": 4}
+    rows = plan_rows(layers, context=1, memory=10**8, **fields)
+    for row, store in zip(rows, STORES, strict=True):
+        assert row.fitting_context is not None
+        for more, fits in ((0, True), (1, False)):
+            context = row.fitting_context + more
+            (now,) = plan_rows(layers, context=context, memory=None, stores=(store,), **fields)
+            assert (now.cache_bytes <= 10**8) is fits
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA, [(2, 2, 64, None)]),
+        ({**LLAMA, "head_dim": 80}, [(2, 2, 80, None)]),
+        ({**LLAMA, "sliding_window": 128}, [(2, 2, 64, 128)]),
+        ({**LLAMA, "sliding_window": 128, "use_sliding_window": False}, [(2, 2, 64, None)]),
+        ({**LLAMA, "sliding_window": 9, "sliding_window_pattern": 2},
+         [(1, 2, 64, None), (1, 2, 64, 9)]),
+        ({**LLAMA, "sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]},
+         [(1, 2, 64, None), (1, 2, 64, 9)]),
+        ({**LLAMA, "layer_types": ["conv", "full_attention"]}, [(1, 2, 64, None)]),
+        ({"text_config": LLAMA, "vision_config": {}}, [(2, 2, 64, None)]),
+        ({"n_layer": 3, "n_head": 4, "n_embd": 64}, [(3, 4, 16, None)]),
+    ],
+)  # fmt: skip
+def test_configurations_of_transformers_are_understood(config: Any, expected: Any) -> None:
+    layers = layers_of_config(config, "config")
+    assert [(one.count, one.num_kv_heads, one.head_dim, one.window) for one in layers] == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ([], "expected the configuration"),
+        ({}, "num_hidden_layers or n_layer"),
+        ({**LLAMA, "kv_lora_rank": 8}, "latent"),
+        ({**LLAMA, "layer_types": ["conv", "conv"]}, "no layer"),
+    ],
+)
+def test_other_configurations_are_refused(config: Any, text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^config: .*{text}"):
+        layers_of_config(config, "config")
+
+
+def test_a_model_is_found_by_name_file_folder_and_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--llama" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    expected = layers_of_config(LLAMA, "config")
+    for name in ("some/llama", str(folder), str(folder / "config.json")):
+        assert layers_of(name) == expected
+    assert layers_of("SmolLM2-135M") == MODELS["smollm2-135m"]
+    with pytest.raises(InvalidArgumentError, match="got 'some/other'"):
+        layers_of("some/other")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InvalidArgumentError, match="not JSON"):
+        layers_of("some/llama")
+
+
+def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llama-3.1-8b", "--context", "32768", "--memory", "8GB"]) == 0
+    printed = capsys.readouterr().out
+    assert "32,768" in printed
+    assert "32 layers of 8 kv heads x 128" in printed
+    (q4,) = (line.split() for line in printed.splitlines() if line.startswith("q4"))
+    assert q4[1] == f"{32 * 8 * 128 * 2 * 4.5 / 8:,.0f}"
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ["--layers", "2", "--kv-heads", "4", "--head-dim", "64"]
+    assert cli.main(["plan", *numbers, "--batch", "3", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["layers"] == [{"count": 2, "num_kv_heads": 4, "head_dim": 64, "window": None}]
+    assert [row["store"] for row in printed["rows"]] == ["f32", "f16", "q8", "q8/q4", "q4"]
+    assert printed["batch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["plan"], "expected one, or --layers"),
+        (["plan", "--layers", "3"], "expected one, or --layers"),
+        (["plan", "qwen3-8b", "--layers", "3"], "give one, or --layers"),
+        (["plan", "no-such-model"], "got 'no-such-model'"),
+    ],
+)
+def test_a_model_that_is_not_there_is_code_1(
+    options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("kvz: error: model: ")
+    assert text in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4096", 4096), ("8GB", 8 * 10**9), ("1.5GiB", 3 << 29), ("2 kb", 2000), ("7B", 7)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert cli.size(text) == expected
