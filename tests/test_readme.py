@@ -13,6 +13,8 @@ def test_the_examples_run(capsys):
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
+        if "model.generate" in block:  # it runs in test_transformers_cache.py
+            continue
         exec(block, names)
         assert names["out"].shape == (32, 128)
     assert "2000 tokens" in capsys.readouterr().out

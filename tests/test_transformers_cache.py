@@ -6,6 +6,8 @@ And what is refused: a model, an option or a cache that kvz cannot serve says so
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,6 +218,20 @@ def test_config_attn_implementation_setter() -> None:
     cache = KvzCache(model.config)
     out = model.generate(prompt(1, 4), past_key_values=cache, max_new_tokens=2, do_sample=False)
     assert out.shape == (1, 6)
+
+
+def test_the_two_lines_of_the_readme() -> None:
+    """They are all that changes in a program that generates text."""
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n([^`]*model\.generate[^`]*)```", text)
+    assert len([line for line in block.splitlines() if line]) == 2
+    model = model_of("llama")
+    model.set_attn_implementation("sdpa")
+    inputs = {"input_ids": prompt(1, 9), "max_new_tokens": 3}
+    names: dict[str, Any] = {"model": model, "inputs": inputs}
+    exec(block, names)
+    assert names["out"].shape[1] > 9
+    assert model.config._attn_implementation == "kvz"
 
 
 # -- What is refused -------------------------------------------------------------------------------
