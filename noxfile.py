@@ -167,6 +167,13 @@ def workload(session: nox.Session, env: dict[str, str]) -> dict[str, Any]:
     return dict(json.loads(str(found).splitlines()[-1]))
 
 
+@nox.session(requires=["build"])
+def c(session: nox.Session) -> None:
+    """Check the C header against the library, and compile and run the C example."""
+    install_wheel(session, *group("test"), *group("zig"))
+    session.run("python", "-m", "pytest", "tests/test_header.py", *session.posargs)
+
+
 @nox.session(reuse_venv=True, default=False)
 def cross(session: nox.Session) -> None:
     """Build the wheels of all targets, or of those named, and look inside each."""
