@@ -1,14 +1,15 @@
 """SmolLM2 in numpy: a small Llama whose attention, and only that, is done by a KV cache.
 
-Start at `SmolLM2.forward`. The caches are the caller's, one per layer, so the same model runs on a
-`kvz.TwoTierCache` or on whatever else has the three members of `Cache`.
+Start at `SmolLM2.forward`, or at `forward_many` for a batch of sequences. The caches are the
+caller's, one per layer, so the same model runs on a `kvz.TwoTierCache` or on whatever else has the
+three members of `Cache`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,12 +17,16 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
 
+from kvz.batch import append_many, attend_many
 from kvz.demo.tokenizer import tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from kvz.cache import TwoTierCache
+
 Floats = NDArray[np.float32]
+Attend = Callable[[Floats, Floats, Floats], Floats]
 
 
 class Cache(Protocol):
@@ -147,13 +152,31 @@ class SmolLM2:
         """
         x = self.embedding[np.asarray(ids)]  # (T, width)
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = x + self._attention(layer, self._norm(x, layer.attention_norm), cache)
-            gate, up = np.split(self._norm(x, layer.mlp_norm) @ layer.gate_up.T, 2, axis=-1)
-            silu = gate * (1 + np.tanh(gate / 2)) / 2
-            x = x + (silu * up) @ layer.mlp_out.T
+            x = self._layer(layer, x, partial(self._attend, cache))
         if last is not None:
             x = x[len(x) - last :]
-        return self._norm(x, self.output_norm) @ self.embedding.T
+        return self._logits(x)
+
+    def forward_many(
+        self, ids: Sequence[Sequence[int]], sequences: Sequence[Iterable[TwoTierCache]]
+    ) -> Floats:
+        """Run the next tokens of many sequences, of any numbers, in one pass without padding.
+
+        Parameters
+        ----------
+        ids : one (T,) int per sequence
+        sequences : for each sequence its caches, one per layer
+
+        Returns
+        -------
+        (B, vocabulary) float32
+            Logits of the token after the last one of each sequence.
+        """
+        ends = np.cumsum([len(each) for each in ids])
+        x = self.embedding[np.concatenate(ids)]  # all tokens after one another
+        for layer, *caches in zip(self.layers, *sequences, strict=True):
+            x = self._layer(layer, x, partial(self._attend_many, caches, ends[:-1]))
+        return self._logits(x[ends - 1])
 
     def generate(self, logits: Floats, caches: Sequence[Cache], count: int) -> Iterator[int]:
         """Yield the likeliest next token up to `count` times, from the `logits` (1, vocabulary)."""
@@ -167,16 +190,44 @@ class SmolLM2:
                 return
             yield token
 
-    def _attention(self, layer: Layer, x: Floats, cache: Cache) -> Floats:
+    def _layer(self, layer: Layer, x: Floats, attend: Attend) -> Floats:
         shape = self.shape
-        heads = (x @ layer.qkv.T).reshape(len(x), -1, shape.head_dim)
+        normed = self._norm(x, layer.attention_norm)
+        heads = (normed @ layer.qkv.T).reshape(len(x), -1, shape.head_dim)
         query, key, value = np.split(
             heads, [shape.num_heads, shape.num_heads + shape.num_kv_heads], axis=1
         )
+        x = x + attend(query, key, value).reshape(len(x), -1) @ layer.attention_out.T
+        gate, up = np.split(self._norm(x, layer.mlp_norm) @ layer.gate_up.T, 2, axis=-1)
+        silu = gate * (1 + np.tanh(gate / 2)) / 2
+        result: Floats = x + (silu * up) @ layer.mlp_out.T
+        return result
+
+    def _logits(self, x: Floats) -> Floats:
+        logits: Floats = self._norm(x, self.output_norm) @ self.embedding.T
+        return logits
+
+    def _attend(self, cache: Cache, query: Floats, key: Floats, value: Floats) -> Floats:
         position = cache.next_position
         cache.append(self._rope(key, position), value)
-        out = cache.attend(self._rope(query, position))  # (T, num_heads, head_dim)
-        return out.reshape(len(x), -1) @ layer.attention_out.T
+        return cache.attend(self._rope(query, position))  # (T, num_heads, head_dim)
+
+    def _attend_many(
+        self,
+        caches: Sequence[TwoTierCache],
+        cuts: NDArray[np.int64],
+        query: Floats,
+        key: Floats,
+        value: Floats,
+    ) -> Floats:
+        positions = [cache.next_position for cache in caches]
+
+        def turned(x: Floats) -> list[Floats]:
+            parts = zip(np.split(x, cuts), positions, strict=True)
+            return [self._rope(part, position) for part, position in parts]
+
+        append_many(caches, turned(key), np.split(value, cuts))
+        return np.concatenate(attend_many(caches, turned(query)))
 
     def _rope(self, x: Floats, position: int) -> Floats:
         # GGUF keeps the two numbers that turn together side by side: they are one complex number.
