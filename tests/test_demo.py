@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,3 +246,13 @@ def test_another_file_is_not_taken_for_a_model(tmp_path, capsys):
     assert "cannot be used" in capsys.readouterr().err
     assert cli.main(["demo", "--model", str(Path("no", "such", "file"))]) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+# -- Examples --------------------------------------------------------------------------------------
+
+
+def test_batched_questions_get_the_answers_they_get_alone(model, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_model", lambda _: model)
+    example = Path(__file__).parent.parent / "examples/smollm2/continuous_batching.py"
+    runpy.run_path(str(example))
+    assert "5 of 5 answers are those given alone" in capsys.readouterr().out

