@@ -67,14 +67,16 @@ step = 0
 while waiting or batch:
     while waiting and len(batch) < BATCH_MAX and REQUESTS[waiting[0]][0] <= step:
         batch[waiting.pop(0)] = new_sequence(pool)
-    logits = model.forward_many([pending[number] for number in batch], list(batch.values()))
-    tokens = sum(len(pending[number]) for number in batch)
-    print(f"step {step:2}: sequences {[*batch]}, {tokens} tokens, {pool.stats().bytes_in_use:,} bytes")
-    for number, row in zip([*batch], logits, strict=True):
-        pending[number] = [int(np.argmax(row))]
-        answers[number] += pending[number]
-        if pending[number] == [stop] or len(answers[number]) == TOKENS_MAX:
-            batch.pop(number).close()
+    if batch:
+        logits = model.forward_many([pending[number] for number in batch], list(batch.values()))
+        tokens = sum(len(pending[number]) for number in batch)
+        held = pool.stats().bytes_in_use
+        print(f"step {step:2}: sequences {[*batch]}, {tokens} tokens, {held:,} bytes")
+        for number, row in zip([*batch], logits, strict=True):
+            pending[number] = [int(np.argmax(row))]
+            answers[number] += pending[number]
+            if pending[number] == [stop] or len(answers[number]) == TOKENS_MAX:
+                batch.pop(number).close()
     step += 1
 
 for number, (_, question) in enumerate(REQUESTS):
