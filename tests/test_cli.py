@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+import kvz
 from kvz import cli, completion, selftest
 from kvz.errors import CoreError
 
 
-@pytest.mark.parametrize("command", [None, "demo", "chat", "plan", "info", "completion"])
+@pytest.mark.parametrize("command", [None, "demo", "chat", "plan", "inspect", "info", "completion"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"] if command else ["--help"])
@@ -143,3 +145,28 @@ def test_help_needs_no_numpy_and_no_core():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_inspect(core, tmp_path, capsys):
+    """A whole file is described, a damaged one is an error in one line."""
+    model = kvz.ModelCache(num_layers=2, core=core, num_kv_heads=1, head_dim=32, tail_length=64)
+    rows = np.random.default_rng(0).standard_normal((300, 1, 32), dtype=np.float32)
+    for layer in range(2):
+        model[layer].append(rows, rows)
+    path = tmp_path / "cache.kvz"
+    model.save(path, fingerprint={"model": "none"})
+    assert cli.main(["inspect", str(path), "--core", core]) == 0
+    printed = capsys.readouterr().out
+    assert "checksums passed" in printed
+    assert model[0].digest() in printed
+    assert cli.main(["inspect", str(path), "--core", core, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [layer["stats"]["total_tokens"] for layer in result["layers"]] == [300, 300]
+    assert result["fingerprint"] == {"model": "none"}
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    assert cli.main(["inspect", str(path), "--core", core]) == 1
+    assert capsys.readouterr().err.startswith("kvz: error: ")
+    assert cli.main(["inspect", str(tmp_path / "nothing")]) == 1
+    assert "nothing" in capsys.readouterr().err

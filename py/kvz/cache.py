@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from kvz._persist import PersistentCache
 from kvz.config import CacheConfig, HighPrecisionTail, Hybrid, Policy, QuantizedStore
 from kvz.errors import InvalidArgumentError, InvalidTypeError
+from kvz.html import stats_html
 from kvz.pool import BufferPool
 from kvz.stats import CacheStats, format_bytes
 
@@ -148,6 +150,18 @@ class TwoTierCache(PersistentCache):
                 )
             self._configure(policy.apply(self._config))
             self._policy = policy
+
+    def _repr_html_(self) -> str:
+        """Show a bar of the tiers in a notebook."""
+        if self.closed:
+            return escape(repr(self))
+        stored = {self._config.key_precision: 0, self._config.value_precision: 0}
+        names = {
+            "sinks": f"sinks, {self._config.tail_precision}",
+            "store": f"store, {'/'.join(map(str, stored))}",
+            "tail": f"tail, {self._config.tail_precision}",
+        }
+        return stats_html(self.stats(), f"TwoTierCache, {self._shape_text()}", names)
 
     def __repr__(self) -> str:
         if self.closed:

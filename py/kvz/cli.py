@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add_chat(commands)
     add_plan(commands)
     add_eval(commands)
+    add_inspect(commands)
     add_info(commands)
     add_completion(commands)
     return main_parser
@@ -270,6 +271,43 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"expected a size like 8GB or 512MiB, got {text!r}"
         ) from None
+
+
+# -- kvz inspect -----------------------------------------------------------------------------------
+
+
+def add_inspect(commands: Any) -> None:
+    """Add the command ``inspect``."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what is in a saved cache, and check it",
+        description="Reads a snapshot that `save` wrote, with all its increments, checks every "
+        "checksum, and prints what each layer holds.",
+    )
+    inspect.add_argument("file", type=Path, help="the snapshot")
+    inspect.add_argument("--core", choices=CORES, help="the core (default: KVZ_CORE, else native)")
+    inspect.add_argument("--json", action="store_true", dest="as_json", help="print a JSON object")
+    inspect.set_defaults(run=run_inspect)
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """Print what a snapshot holds; a damaged one is an error."""
+    from kvz.demo.report import print_table
+    from kvz.inspecting import HEAD, inspect_snapshot, rows_of
+
+    result = inspect_snapshot(options.file, options.core)
+    if options.as_json:
+        print(json.dumps(result, indent=2))
+        return 0
+    caption = (
+        f"{result['kind']}, {len(result['layers'])} layers, next position "
+        f"{result['next_position']:,}; {result['file_bytes']:,} bytes in {len(result['files'])} "
+        f"file{'s' * (len(result['files']) > 1)}; checksums passed"
+    )
+    if result["fingerprint"]:
+        caption += f"\nfingerprint {json.dumps(result['fingerprint'])}"
+    print_table(HEAD, rows_of(result), caption)
+    return 0
 
 
 # -- kvz completion --------------------------------------------------------------------------------

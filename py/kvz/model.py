@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvz.arrays import as_count
 from kvz.cache import TwoTierCache
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, InvalidTypeError
+from kvz.html import layers_html
 from kvz.pool import BufferPool, PoolStats, default_pool
 from kvz.stats import CacheStats, format_bytes
 from kvz.transaction import Transaction
@@ -330,6 +332,10 @@ class ModelCache:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        """Show a bar of the tiers of every layer in a notebook."""
+        return escape(repr(self)) if self.closed else layers_html(self.stats().layers, repr(self))
 
     def __repr__(self) -> str:
         if self.closed:

@@ -60,6 +60,12 @@ class CacheStats:
         """Bytes of the pages that nobody else holds: what closing this cache would free."""
         return self.total_bytes - self.shared_bytes
 
+    def _repr_html_(self) -> str:
+        """Show a bar of the tiers in a notebook."""
+        from kvz.html import stats_html
+
+        return stats_html(self, "CacheStats")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, `total_bytes` and `own_bytes`, as plain values."""
         return {**asdict(self), "total_bytes": self.total_bytes, "own_bytes": self.own_bytes}

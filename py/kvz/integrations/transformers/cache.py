@@ -15,6 +15,7 @@ from transformers.cache_utils import (
 from kvz.cache import TwoTierCache
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from kvz.html import layers_html
 from kvz.integrations.transformers.layer import KvzLayer
 from kvz.pool import BufferPool
 from kvz.stats import CacheStats, format_bytes
@@ -111,6 +112,10 @@ class KvzCache(Cache):
     def fork(self) -> KvzCache:
         """Return a copy that shares its pages until one of the two writes to them."""
         return copy.deepcopy(self)
+
+    def _repr_html_(self) -> str:
+        """Show a bar of the tiers of every layer in a notebook, those of the first sequence."""
+        return layers_html([layer[0] for layer in self.stats() if layer], repr(self))
 
     def __repr__(self) -> str:
         own = self._own()
