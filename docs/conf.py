@@ -3,7 +3,7 @@
 from kvz.info import version as package_version
 
 project = "kvz"
-copyright = "the kvz developers"  # noqa: A001
+copyright = "the kvz developers"
 version = release = package_version()
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
 exclude_patterns = ["_build"]

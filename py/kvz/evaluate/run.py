@@ -155,11 +155,11 @@ def evaluate(
     check_fits(settings, model)
     text = settings.text.read_text(encoding="utf-8")
     depths = DEPTHS[len(DEPTHS) // 2 :][:1] if settings.quick else DEPTHS
-    todo = tasks(model, text, tokens=settings.tokens, windows=settings.windows, depths=depths)
+    pending = tasks(model, text, tokens=settings.tokens, windows=settings.windows, depths=depths)
     formats: list[Store | Peer] = list(settings.stores or STORES)
     formats += [*(PEERS if settings.peers else ()), *others]
     outcomes: list[list[Outcome]] = []
-    for task in todo:
+    for task in pending:
         with progress(task.label, len(task.ids) * (len(formats) + 1)) as advance:
             outcomes.append(measure.run(model, task, formats, setting, advance))
     exact, *found = (list(column) for column in zip(*outcomes, strict=True))
