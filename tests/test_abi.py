@@ -379,7 +379,8 @@ def run(code: str, **environment: str) -> str:
 
 def test_importing_loads_nothing() -> None:
     """Neither wasmtime nor a library, until the first cache."""
-    code = "import sys, kvz; print('wasmtime' in sys.modules, kvz._core._loaded)"
+    loaded = "print('wasmtime' in sys.modules, sys.modules['kvz._core']._loaded)"
+    code = f"import sys, kvz; kvz.TwoTierCache; {loaded}"
     assert run(code, KVZ_CORE="wasm") == "False {}"
 
 

@@ -51,7 +51,7 @@ class CorruptError(KvzError, ValueError):
     """The state of a cache contradicts itself."""
 
 
-class UnsupportedError(KvzError, NotImplementedError):
+class UnsupportedError(KvzError, NotImplementedError, ValueError):
     """Another library asks for something that kvz cannot do, or not without unpacking."""
 
 
