@@ -26,3 +26,9 @@ def core(request: pytest.FixtureRequest) -> str:
     if missing and not os.environ.get("CI"):
         pytest.skip("wasmtime is not installed: pip install 'kvz[wasm]'")
     return name
+
+
+@pytest.fixture
+def native_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the native core the default, for what only that can do: files in memory."""
+    monkeypatch.setenv("KVZ_CORE", "native")

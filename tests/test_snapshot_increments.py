@@ -117,6 +117,7 @@ def test_a_save_stopped_anywhere_leaves_the_last_state(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [0, 3, 65, 150, 900])
+@pytest.mark.usefixtures("native_core")
 def test_a_mapped_cache_is_the_same_cache(kind: str, tokens: int, tmp_path: Path) -> None:
     """Also after whatever is done to it, while the file stays as it is."""
     with filled("native", kind, tokens) as cache:
@@ -144,6 +145,7 @@ def test_a_mapped_cache_is_the_same_cache(kind: str, tokens: int, tmp_path: Path
             mapped.attend(query)
 
 
+@pytest.mark.usefixtures("native_core")
 def test_a_mapped_increment_is_the_same_cache(tmp_path: Path) -> None:
     with filled("native", tokens=2000, max_tokens=4000) as cache:
         cache.save(tmp_path / "x")
@@ -163,6 +165,7 @@ def test_a_mapped_increment_is_the_same_cache(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.usefixtures("native_core")
 def test_a_damaged_page_is_noticed_before_its_first_use(tmp_path: Path) -> None:
     """Every use is refused, and stays refused, and nothing that is made of it is saved."""
     path = tmp_path / "x"
@@ -191,6 +194,7 @@ def test_a_damaged_page_is_noticed_before_its_first_use(tmp_path: Path) -> None:
         kvz.TwoTierCache.load(path, mmap=True)
 
 
+@pytest.mark.usefixtures("native_core")
 def test_many_threads_may_use_a_mapped_cache_first(tmp_path: Path) -> None:
     with filled("native", tokens=3000, max_tokens=4000) as cache:
         cache.save(tmp_path / "x")
@@ -220,6 +224,7 @@ def test_files_cannot_be_mapped_into_webassembly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.usefixtures("native_core")
 def test_what_is_kept_behind_the_window_comes_back(kind: str, mmap: bool, tmp_path: Path) -> None:
     """Pins, and single tokens that an eviction spared, also where they share a page."""
     path = tmp_path / "x"

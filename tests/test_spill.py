@@ -166,6 +166,7 @@ def test_pages_that_forks_share_are_not_moved(tmp_path: Path) -> None:
         cache.check()
 
 
+@pytest.mark.usefixtures("native_core")
 def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "spill"
     refuse = kvz.InvalidArgumentError
