@@ -23,6 +23,7 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
+from kvz.batch import append_many
 from kvz.cache import TwoTierCache
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, UnsupportedError
@@ -76,7 +77,7 @@ class KvzPromptCache(mlx_cache._BaseCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append tokens: (batch, heads, tokens, dim) each; all of them or none."""
-        batch, heads, tokens, dim = keys.shape
+        batch, heads, _, dim = keys.shape
         if not self.rows:
             config = replace(
                 self.config, num_kv_heads=heads, head_dim=dim, value_dim=values.shape[-1]
@@ -88,15 +89,9 @@ class KvzPromptCache(mlx_cache._BaseCache):
             )
         mx.eval(keys, values)
         self._slide()
-        done = []
-        try:
-            for row, one, other in zip(self.rows, keys, values, strict=True):
-                row.append(one.swapaxes(0, 1), other.swapaxes(0, 1))
-                done.append(row)
-        except Exception:
-            for row in done:
-                row.trim(tokens)
-            raise
+        append_many(
+            self.rows, [one.swapaxes(0, 1) for one in keys], [one.swapaxes(0, 1) for one in values]
+        )
         held = len(self.rows[0])
         return (
             PackedStates(self, (batch, heads, held, dim), keys.dtype),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvz.batch import append_many
 from kvz.cache import TwoTierCache
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, UnsupportedError
@@ -104,15 +105,11 @@ class KvzLayer(CacheLayerMixin):
         seen, _ = self.get_mask_sizes(tokens)
         if not self.record_past:
             self._slide()
-        appended = []
-        try:
-            for row, keys, values in zip(self.rows, key_states, value_states, strict=True):
-                row.append(keys.transpose(0, 1), values.transpose(0, 1))
-                appended.append(row)
-        except Exception:
-            for row in appended:
-                row.trim(tokens)
-            raise
+        append_many(
+            self.rows,
+            [keys.transpose(0, 1) for keys in key_states],
+            [values.transpose(0, 1) for values in value_states],
+        )
         made = (key_states.dtype, key_states.device)
         return (
             PackedStates(self, (batch, heads, seen, dim), *made),
