@@ -54,7 +54,12 @@ typedef enum kvz_format {
     KVZ_FORMAT_F16 = 1,
     KVZ_FORMAT_BF16 = 2,
     KVZ_FORMAT_Q8 = 3,
-    KVZ_FORMAT_Q4 = 4
+    KVZ_FORMAT_Q4 = 4,
+    KVZ_FORMAT_Q2K = 5,
+    KVZ_FORMAT_Q3K = 6,
+    KVZ_FORMAT_Q4K = 7,
+    KVZ_FORMAT_Q5K = 8,
+    KVZ_FORMAT_Q6K = 9
 } kvz_format_t;
 
 typedef enum kvz_dtype {

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvz.reference import Format
+from kvz.reference.formats import offset_of
 
 PATH = Path(__file__).parent / "golden" / "stored_values.json"
 Floats = NDArray[np.float32]
@@ -50,20 +51,21 @@ def inputs(dim: int) -> Floats:
 def cases() -> list[dict[str, Any]]:
     """Every format, rotated or not, at widths with and without padding."""
     made = []
-    for precision in ("f16", "bf16", "q8", "q4"):
+    for precision in ("f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k"):
         for rotation in ("on", "off") if precision.startswith("q") else ("off",):
             for dim in (1, 33, 80):
                 given = inputs(dim)
-                stored = Format.of(precision, rotation).stored(given)
-                made.append(
-                    {
-                        "name": f"{precision}-{rotation}-{dim}",
-                        "precision": precision,
-                        "rotation": rotation,
-                        "given": as_hex(given),
-                        "stored": as_hex(stored),
-                    }
-                )
+                kept = Format.of(precision, rotation)
+                case = {
+                    "name": f"{precision}-{rotation}-{dim}",
+                    "precision": precision,
+                    "rotation": rotation,
+                    "given": as_hex(given),
+                    "stored": as_hex(kept.stored(given)),
+                }
+                if kept.centred:  # keys, when the first row alone makes the offset
+                    case["keys"] = as_hex(kept.stored(given, offset_of(kept.spread(given[:1]))))
+                made.append(case)
     return made
 
 

@@ -17,8 +17,8 @@ from kvz import reference
 Floats = NDArray[np.float32]
 
 HEAD_DIMS = (1, 31, 32, 33, 64, 80, 128)
-STORES = ("f32", "f16", "bf16", "q8", "q4")
-PAIRS = (("q8", "q4"), ("q4", "q8"), ("f16", "q4"), ("q8", "f32"), ("bf16", "q8"))
+STORES = ("f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
+PAIRS = (("q8", "q4"), ("q4", "q8"), ("f16", "q4"), ("q8", "f32"), ("bf16", "q8"), ("q5k", "q4k"))
 KINDS = ("two_tier", "pooled")
 
 # A small configuration in which a few tokens reach every tier; tests name what they change.
@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
 # most 4 / 8127 / sqrt(12) = 1.4e-4. The softmax weights have 14 bits per page and group in either
 # case, of which the largest may be 30 times the others. Four times the sum of these.
 COMPUTING = {"f32": 2e-5, "f16": 2e-5, "bf16": 2e-5, "q8": 2e-3, "q4": 2e-2}
+COMPUTING |= dict.fromkeys(("q6k", "q5k", "q4k", "q3k", "q2k"), 2e-2)  # queries as for q4
 
 
 def f32(values: Any) -> Floats:

@@ -262,7 +262,7 @@ def test_stats_of_another_length(calls: Calls, name: str, change: int) -> None:
         {"value_dim": (1 << 32) - 1},
         {"tail_format": 3},
         {"tail_format": 99},
-        {"key_format": 5},
+        {"key_format": 10},
         {"value_format": (1 << 32) - 1},
         {"max_tokens": 0},
         {"max_tokens": 11},

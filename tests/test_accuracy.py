@@ -13,7 +13,7 @@ from kvz import reference
 from support import PAIRS, STORES, Floats, configure, make_from, relative_error, rows, same_bits
 
 ALL = [(store, store) for store in STORES] + list(PAIRS)
-CODES = {"q8", "q4"}
+CODES = {"q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k"}
 
 
 class Case(NamedTuple):
@@ -94,7 +94,7 @@ def test_computing_errs_less_than_storing_did(core: Any, name: str, pair: tuple[
 
 
 @pytest.mark.parametrize("rotation", ["on", "off"])
-@pytest.mark.parametrize("store", ["q8", "q4"])
+@pytest.mark.parametrize("store", ["q8", "q4", "q5k", "q4k"])
 @pytest.mark.parametrize("layer", ["1", "13", "26"])
 def test_computing_errs_less_with_or_without_rotation(
     core: Any, layer: str, store: str, rotation: str
@@ -107,7 +107,7 @@ def test_computing_errs_less_with_or_without_rotation(
 def test_formats_are_as_good_as_their_bits(core: Any) -> None:
     """More bits err less, on every layer: f32, then f16 or bf16, then q8, then q4."""
     for layer in ("1", "13", "26"):
-        order = ["f32", "bf16", "q8", "q4"]
+        order = ["f32", "bf16", "q8", "q6k", "q5k", "q4k", "q3k", "q2k"]
         found = [
             errors(core, layer, store_precision=store, tail_precision="f32")[0] for store in order
         ]

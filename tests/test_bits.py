@@ -71,7 +71,7 @@ def test_the_number_of_threads_does_not_show(threads: Any, count: int) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("store", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("store", ["f16", "q8", "q4", "q5k", "q2k"])
 def test_a_thousand_appends_are_one(core: Any, kind: str, store: str) -> None:
     """One append of 1000 tokens, 1000 of one, and random cuts end in the same bits."""
     fields = {"store_precision": store, "max_tokens": 700, "sink_tokens": 4, "head_dim": 33}
@@ -91,7 +91,7 @@ def test_a_thousand_appends_are_one(core: Any, kind: str, store: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("store", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("store", ["f16", "q8", "q4", "q5k", "q2k"])
 @pytest.mark.parametrize("ratio", [1, 2, 3, 7])
 def test_a_query_gives_the_same_bits_alone_and_in_a_batch(
     core: Any, kind: str, store: str, ratio: int

@@ -87,7 +87,9 @@ def test_bad_json_is_a_config_error(text: str) -> None:
         CacheConfig.from_json(text)
 
 
-@pytest.mark.parametrize("store", ["f32", "f16", "bf16", "q8", "q4", ("q8", "q4")])
+@pytest.mark.parametrize(
+    "store", ["f32", "f16", "bf16", "q8", "q4", ("q8", "q4"), "q5k", "q2k", ("q6k", "q3k")]
+)
 @pytest.mark.parametrize("dim", [32, 80])
 def test_bytes_per_token_are_what_full_pages_take(core: Any, store: Any, dim: int) -> None:
     """With pages full to the last slot, the estimate is the truth."""

@@ -37,8 +37,9 @@ def test_the_core_stores_what_the_file_says(core: Any, case: dict[str, Any]) -> 
     cache.append(given[:, None], given[:, None])
     cache.append(np.zeros((1, 1, dim), np.float32), np.zeros((1, 1, dim), np.float32))
     assert cache.stats().store_tokens == tokens
-    for side in cache.get_all_kv():
-        same_bits(side[:tokens, 0], stored)
+    keys, values = cache.get_all_kv()
+    same_bits(values[:tokens, 0], stored)
+    same_bits(keys[:tokens, 0], from_hex(case["keys"]) if "keys" in case else stored)
 
 
 def test_hex_is_exact() -> None:

@@ -104,7 +104,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "32,768" in printed
     assert "32 layers of 8 kv heads x 128" in printed
-    (q4,) = (line.split() for line in printed.splitlines() if line.startswith("q4"))
+    (q4,) = (line.split() for line in printed.splitlines() if line.startswith("q4 "))
     assert q4[1] == f"{32 * 8 * 128 * 2 * 4.5 / 8:,.0f}"
 
 
@@ -113,7 +113,11 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", *numbers, "--batch", "3", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["layers"] == [{"count": 2, "num_kv_heads": 4, "head_dim": 64, "window": None}]
-    assert [row["store"] for row in printed["rows"]] == ["f32", "f16", "q8", "q8/q4", "q4"]
+    bits = {row["store"]: row["bytes_per_token"] * 8 / (2 * 2 * 4 * 64) for row in printed["rows"]}
+    assert bits == {
+        **{"f32": 32, "f16": 16, "q8": 8.5, "q8/q4": 6.5, "q4": 4.5, "q5k/q4k": 4.8125},
+        **{"q6k": 6.3125, "q5k": 5.3125, "q4k": 4.3125, "q3k": 3.3125, "q2k": 2.3125},
+    }
     assert printed["batch"] == 3
 
 

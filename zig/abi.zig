@@ -43,7 +43,18 @@ pub const Status = enum(i32) {
 };
 
 /// How a tier stores its values.
-pub const Format = enum(u32) { f32 = 0, f16 = 1, bf16 = 2, q8 = 3, q4 = 4 };
+pub const Format = enum(u32) {
+    f32 = 0,
+    f16 = 1,
+    bf16 = 2,
+    q8 = 3,
+    q4 = 4,
+    q2k = 5,
+    q3k = 6,
+    q4k = 7,
+    q5k = 8,
+    q6k = 9,
+};
 
 /// Element type of an input array.
 pub const Dtype = enum(u32) { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };

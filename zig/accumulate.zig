@@ -4,7 +4,6 @@ const std = @import("std");
 const dot = @import("dot.zig");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
-const score = @import("score.zig");
 const ahead_file = @import("ahead.zig");
 const Ahead = ahead_file.Ahead;
 const Spread = ahead_file.Spread;
@@ -95,9 +94,11 @@ fn scale_one(comptime T: type) comptime_int {
     return if (T.bits == 8) 127 << 7 | 127 else 127 << 8;
 }
 
-/// What one of those integers is worth, where the largest weight and scale are one.
+/// What one of those integers, times a code's unit, is worth, where the largest weight and scale
+/// are one.
 fn unit_one(comptime T: type) f32 {
-    return 32768.0 / (weight_one * scale_one(T));
+    const whole: f32 = if (T.half_levels) 2 else 1;
+    return 32768.0 / (weight_one * scale_one(T)) / whole;
 }
 
 /// 15-bit integers of 64 slots, as 16-bit lanes: (j, j+32) of the first pair of blocks, then (j+16,
@@ -119,12 +120,12 @@ fn Weights(comptime rows: usize, comptime planes: usize) type {
 /// Weights times scales become integers per row and group, then exact integer dot products over the
 /// tokens of the page.
 ///
-/// The integers have 15 bits, in two int8 planes. Beside 4-bit codes one plane of 8 bits is enough
-/// where no token of the page is a major one: dither keeps the sum of many small weights right, so
-/// what it adds stays well below what storing lost.
+/// The integers have 15 bits, in two int8 planes. Beside codes of up to 4 bits one plane of 8 bits
+/// is enough where no token of the page is a major one: dither keeps the sum of many small weights
+/// right, so what it adds stays well below what storing lost.
 fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const AccumulateArgs) void {
     const minor: @Vector(rows, bool) = args.minor[0..rows].*;
-    if (T.bits == 4 and @reduce(.And, minor)) {
+    if (T.bits <= 4 and @reduce(.And, minor)) {
         accumulate_planes(T, rows, 1, args);
     } else accumulate_planes(T, rows, 2, args);
 }
@@ -137,9 +138,9 @@ fn accumulate_planes(
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const groups = args.dim / format.group;
-    const codes_bytes = args.dim * format.page_tokens * T.bits / 8;
-    const scales: [*]const f16 = @ptrCast(@alignCast(args.values + codes_bytes));
-    var spread = args.ahead.over(groups * loads_per_group(T) * parts_of_group(rows, planes));
+    const scales = args.values + groups * T.group_bytes;
+    const parts = parts_of_group(rows, planes);
+    var spread = args.ahead.over(groups * T.loads_per_group(.value) * parts);
     var slots: [rows]Slots = undefined;
     inline for (0..rows) |r| {
         var blocks: [format.blocks_per_page]F = undefined;
@@ -153,23 +154,23 @@ fn accumulate_planes(
     var first: usize = 0;
     while (first < groups) : (first += groups_at_once) {
         const count = @min(groups_at_once, groups - first);
-        const largest = largest_scales(args, scales + first * format.page_tokens, count);
+        const largest = largest_scales(T, args, scales, first, count);
         const factors: [groups_at_once]f32 =
             @as(Few, @splat(scale_one(T))) / @max(largest, @as(Few, @splat(tiny)));
         const units: [groups_at_once]f32 = largest * @as(Few, @splat(unit_one(T)));
         var products: [groups_at_once][rows]Slots = undefined;
         for (products[0..count], first.., factors[0..count]) |*of_group, g, factor| {
-            const scale = to_slots(&load_scales(scales + g * format.page_tokens), factor);
+            const scale = to_slots(&load_scales(T, scales, g), factor);
             inline for (of_group, &slots) |*product, *row_slots| {
                 inline for (product, row_slots, scale) |*x, w, s| x.* = dot.multiply_q15(w, s);
             }
         }
         var shifts: [rows]u4 = undefined;
-        if (T.bits == 4) shifts = spare_bits(rows, products[0..count]);
+        if (T.bits <= 4) shifts = spare_bits(rows, products[0..count]);
         for (weights[0..count], products[0..count], units[0..count]) |*w, *product, unit| {
             split_products(T, rows, planes, product, args.minor, &shifts, w);
             inline for (0..rows) |r| {
-                const alone = T.bits == 4 and (planes == 1 or args.minor[r]);
+                const alone = T.bits <= 4 and (planes == 1 or args.minor[r]);
                 const dropped: f32 = if (alone) @floatFromInt(@as(u32, 256) >> shifts[r]) else 1;
                 w.units[r] = args.largest[r] * unit * dropped;
             }
@@ -183,21 +184,26 @@ fn accumulate_planes(
 const groups_at_once = 4;
 const Few = @Vector(groups_at_once, f32);
 
-inline fn load_scales(scales: [*]const f16) [format.blocks_per_page]F {
+inline fn load_scales(comptime T: type, scales: [*]const u8, g: usize) [format.blocks_per_page]F {
     var blocks: [format.blocks_per_page]F = undefined;
     inline for (&blocks, 0..) |*block, b| {
-        const halves = vec.load(@Vector(vec.lanes, f16), scales + b * vec.lanes);
-        block.* = vec.from_f16(vec.lanes, halves);
+        block.* = T.load_scales(scales, g * format.page_tokens + b * vec.lanes);
     }
     return blocks;
 }
 
 /// The largest magnitudes among the scales of `count` groups. What slots hold that are not seen
 /// must not show in the bits.
-inline fn largest_scales(args: *const AccumulateArgs, scales: [*]const f16, count: usize) Few {
+inline fn largest_scales(
+    comptime T: type,
+    args: *const AccumulateArgs,
+    scales: [*]const u8,
+    first: usize,
+    count: usize,
+) Few {
     var maxima: [groups_at_once]F = @splat(vec.splat(0));
     inline for (&maxima, 0..) |*maximum, i| if (i < count) {
-        var blocks = load_scales(scales + i * format.page_tokens);
+        var blocks = load_scales(T, scales, first + i);
         if (args.any_hidden) inline for (&blocks, 0..) |*block, b| {
             const bits = vec.load(U, @as([*]const f32, &args.weights[0]) + b * vec.lanes);
             const is_hidden = bits == @as(U, @splat(hidden_weight));
@@ -212,10 +218,6 @@ inline fn largest_scales(args: *const AccumulateArgs, scales: [*]const f16, coun
 }
 
 const hidden_weight: u32 = @bitCast(@as(f32, -0.0));
-
-fn loads_per_group(comptime T: type) usize {
-    return format.block_slots / T.chunks_per_load;
-}
 
 inline fn to_slots(blocks: *const [format.blocks_per_page]F, factor: f32) Slots {
     var bits: [format.blocks_per_page]U = undefined;
@@ -250,7 +252,7 @@ inline fn split_products(
         const a, const b = product;
         const high = &weights.planes[0][r];
         const low = &weights.planes[planes - 1][r];
-        if (planes == 1 or minor[r]) {
+        if (T.bits <= 4 and (planes == 1 or minor[r])) {
             const shift: @Vector(32, u4) = @splat(shifts[r]);
             const words = dot.high_bytes((a << shift) +| dither[0], (b << shift) +| dither[1]);
             if (planes == 2) vec.store(high, @as(U, @splat(0)));
@@ -350,21 +352,21 @@ inline fn accumulate_part(
     spread: *Spread,
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    const loads = loads_per_group(T);
+    const loads = T.loads_per_group(.value);
     var sums: [planes][part.rows][part.halves]dot.Accumulator =
         @splat(@splat(@splat(.init(0))));
     for (0..loads) |l| {
-        const at = (g * loads + l) * format.group * 4 + part.half * 64;
+        const of_group = args.values + g * T.group_bytes;
         spread.turn();
-        var codes: [part.halves]dot.Codes = undefined;
-        inline for (0..part.halves) |h| codes[h] = vec.load(dot.Codes, args.values + at + h * 64);
+        var codes: [part.halves]T.Loaded = undefined;
+        inline for (&codes, part.half..) |*some, h| some.* = .init(.value, of_group, l, h * 64);
         inline for (0..T.chunks_per_load) |which| {
             const quad = l * T.chunks_per_load + which;
             inline for (0..part.rows) |r| inline for (0..planes) |p| {
                 const word = weights.planes[p][part.row + r][quad];
                 inline for (0..part.halves) |h| if (T.bits == 8) {
-                    sums[p][r][h].dot_signed(codes[h], word);
-                } else sums[p][r][h].dot(score.select_nibbles(T, codes[h], which), word);
+                    sums[p][r][h].dot_signed(codes[h].select(which), word);
+                } else sums[p][r][h].dot(codes[h].select(which), word);
             };
         }
     }
@@ -372,6 +374,7 @@ inline fn accumulate_part(
         const r = part.row + i;
         var sum = sums[0][i][h].get();
         if (planes == 2) sum = (sum << @splat(low_bits(T))) +% sums[1][i][h].get();
+        if (T.half_levels) sum <<= @splat(1);
         if (T.offset != 0) sum -%= @as(I, @splat(weights.biases[r]));
         const column = g * format.group + (part.half + h) * vec.lanes;
         const at = args.outputs + r * args.output_stride + column;

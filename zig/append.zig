@@ -102,11 +102,17 @@ pub const Append = struct {
     pub fn commit(append: *Append) void {
         const cache = append.cache;
         const live_before = cache.len();
+        const held = cache.tier_of(.store);
+        const runs = cache.kept_runs();
         const source: Source = .{
             .keys = append.keys,
             .values = append.values,
             .first = cache.next,
             .tail = cache.tier_of(.tail),
+            .migrating_from = @max(cache.boundary, cache.config.sink_tokens),
+            .batch = cache.config.migration_batch,
+            .kept = if (runs.len == 0) null else &runs[runs.len - 1],
+            .new_page = if (held.tokens() == 0) 0 else (held.end - 1) / held.tokens_per_page + 1,
         };
         const sinks = cache.tier_of(.sinks);
         const sinks_before = sinks.end;

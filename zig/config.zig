@@ -84,9 +84,18 @@ pub const Config = struct {
     pub fn half(config: *const Config, f: format.Format, dim: u32, slots: u32) Half {
         var result: Half = .{ .format = f, .dim = dim, .slots = slots, .rotated = false };
         result.rotated = result.quantized() and switch (config.rotation) {
-            .auto => f == .q4,
+            .auto => f != .q8,
             .on => true,
             .off => false,
+        };
+        return result;
+    }
+
+    fn key_half(config: *const Config, f: format.Format, slots: u32) Half {
+        var result = config.half(f, config.head_dim, slots);
+        result.centred = switch (f) {
+            inline else => |tag| format.all[@backingInt(tag)].quantized and
+                format.all[@backingInt(tag)].half_levels,
         };
         return result;
     }
@@ -113,7 +122,7 @@ pub const Config = struct {
     ) Tier {
         const slots = std.mem.alignForward(u32, tokens_per_page, format.block_slots);
         return .{
-            .key = config.half(key, config.head_dim, slots),
+            .key = config.key_half(key, slots),
             .value = config.half(value, config.value_dim, slots),
             .heads = config.num_kv_heads,
             .tokens_per_page = tokens_per_page,

@@ -60,12 +60,14 @@ fn hash_token(
                 return hash.update(base[slot * bytes ..][0..bytes]);
             }
             for (0..half.groups()) |g| {
-                const scale = half.scales(base)[g * format.page_tokens + slot];
+                const size = @sizeOf(T.Scale);
+                const at = (g * format.page_tokens + slot) * size;
                 var codes: [format.group]u8 = undefined;
                 for (&codes, 0..) |*code, i| code.* = T.get(side, base, slot, g * format.group + i);
-                hash.update(std.mem.asBytes(&scale));
+                hash.update(half.scales(base)[at..][0..size]);
                 hash.update(&codes);
             }
+            if (half.centred) hash.update(half.offsets(base)[0..half.dim_stored()]);
         },
     }
 }

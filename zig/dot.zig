@@ -173,7 +173,7 @@ const wasm = struct {
 
 /// 16 int32 sums; each dot product adds four products to every lane. Exact integers, so the same on
 /// every ISA, within the bounds beyond which pmaddubsw saturates: `dot` takes codes as
-/// `load_signed_codes` gives them with words of bytes in [-64, 64], or nibbles with any;
+/// `load_signed_codes` gives them with words of bytes in [-64, 64], or codes below 64 with any;
 /// `dot_signed` takes signed codes above -128 as they are, and words of bytes in [0, 127].
 pub const Accumulator = switch (method) {
     .vnni512, .maddubs512, .portable => struct {

@@ -2,7 +2,9 @@
 //! cache.zig through the kernel table (whole pages) and directly (single tokens, reading back).
 const std = @import("std");
 const vec = @import("vec.zig");
+const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
+const k_format = @import("k_format.zig");
 const F = vec.F;
 const U = vec.U;
 const Half = format.Half;
@@ -17,9 +19,9 @@ pub const PageArgs = extern struct {
 
 /// Packs a whole page of 64 tokens.
 pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs) void {
+    if (T.half_levels) return encode_k.encode_page(T, side, args);
     const groups = args.dim / format.group;
-    const code_bytes = args.dim * format.page_tokens * T.bits / 8;
-    const scales: [*]f16 = @ptrCast(@alignCast(args.half + code_bytes));
+    const scales: [*]f16 = @ptrCast(@alignCast(args.half + groups * T.group_bytes));
     for (0..groups) |g| {
         var inverses: [format.page_tokens]f32 = undefined;
         for (0..format.blocks_per_page) |block| {
@@ -151,7 +153,8 @@ pub fn encode_token(
                 }
                 return;
             }
-            const scales: [*]f16 = @constCast(half.scales(base));
+            if (T.half_levels) return encode_k.encode_token(T, side, base, slot, row);
+            const scales: [*]f16 = @ptrCast(@alignCast(@constCast(half.scales(base))));
             for (0..row.len / format.group) |g| {
                 const a = vec.load(F, row.ptr + g * format.group);
                 const b = vec.load(F, row.ptr + g * format.group + vec.lanes);
@@ -198,12 +201,12 @@ pub fn decode_token(
             }
             const scales = half.scales(base);
             for (row, 0..) |*x, dim| {
-                const scale = vec.from_f16(
-                    1,
-                    .{scales[dim / format.group * format.page_tokens + slot]},
-                )[0];
+                const scale = T.scale_at(scales, dim / format.group * format.page_tokens + slot);
                 x.* = T.value(T.get(side, base, slot, dim)) * scale;
             }
+            if (!half.centred) return;
+            const offsets = half.offsets(base);
+            for (row, 0..) |*x, dim| x.* += k_format.offset_at(offsets, dim);
         },
     }
 }
@@ -234,13 +237,13 @@ test "a page packed at once and token by token has the same bytes and values wit
             var row: [dim]f32 = undefined;
             decode_token(half, side, &whole, t, &row);
             for (0..dim) |d| {
-                const scale = @abs(half.scales(&whole)[d / 32 * 64 + t]);
+                const scale = @abs(T.scale_at(half.scales(&whole), d / 32 * 64 + t));
                 // q4 may clamp the value opposite to the largest one by a whole step.
                 const bound: f32 = if (tag == .q4) 1.01 else 0.51;
                 try std.testing.expectApproxEqAbs(
                     rows[t * dim + d],
                     row[d],
-                    bound * @as(f32, scale) + 1e-7,
+                    bound * scale + 1e-7,
                 );
             }
         }

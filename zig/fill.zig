@@ -5,6 +5,7 @@
 const abi = @import("abi.zig");
 const dispatch = @import("dispatch.zig");
 const encode = @import("encode.zig");
+const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const kernels = @import("kernels.zig");
 const rows_file = @import("rows.zig");
@@ -21,6 +22,13 @@ pub const Source = struct {
     values: Input,
     first: u64,
     tail: *const Tier,
+    /// For tokens that go to the store: the first that migrates, the length of a batch, and the
+    /// number of the first page that was not there before.
+    migrating_from: u64,
+    batch: u64,
+    new_page: u64,
+    /// The newest tokens kept behind the window, if there are any.
+    kept: ?*const Tier,
 };
 
 /// Working memory for `fill`: rows of a page for every thread that may take part.
@@ -128,6 +136,7 @@ const Job = struct {
             });
         }
         job.read(side, half, run, .{ .rows = rows.ptr });
+        if (half.centred) job.centre(side, half, base, run, rows);
         if (run.count == format.page_tokens) {
             const table = job.table;
             const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
@@ -135,6 +144,52 @@ const Job = struct {
         } else for (0..run.count) |i| {
             encode.encode_token(half, side, base, run.slot + i, rows[i * dim ..][0..dim]);
         }
+    }
+
+    /// Makes the run's rows relative to the offset of their page. A new page gets the offset of its
+    /// tokens in the first batch that reaches it, whichever of them are in the run: so it does not
+    /// matter how the stream was cut into appends. If tokens of the page are kept, it gets theirs.
+    fn centre(
+        job: *const Job,
+        comptime side: Side,
+        half: Half,
+        base: [*]u8,
+        run: Run,
+        rows: []f32,
+    ) void {
+        const source = job.source;
+        const dim = half.dim_stored();
+        const offsets = base + half.code_bytes() + half.scale_bytes();
+        const page_start = run.position - run.slot;
+        const fresh = page_start / format.page_tokens >= source.new_page;
+        if (fresh and run.position == @max(page_start, job.start)) {
+            if (kept_offsets(half, source, page_start / format.page_tokens, run.head)) |kept| {
+                @memcpy(offsets[0..dim], kept[0..dim]);
+                return encode_k.subtract_offsets(rows.ptr, run.count, dim, offsets);
+            }
+            const first = @max(page_start, source.migrating_from);
+            const batch_end = (first / source.batch + 1) * source.batch;
+            const count: usize = @intCast(@min(page_start + format.page_tokens, batch_end) - first);
+            if (first != run.position) { // tokens that are evicted at once count too
+                const slot: usize = @intCast(first - page_start);
+                const others: Run = .{
+                    .position = first,
+                    .slot = slot,
+                    .count = count,
+                    .head = run.head,
+                };
+                job.read(side, half, others, .{ .rows = rows.ptr });
+            }
+            encode_k.store_offsets(rows.ptr, count, dim, offsets);
+            if (first != run.position) job.read(side, half, run, .{ .rows = rows.ptr });
+        }
+        encode_k.subtract_offsets(rows.ptr, run.count, dim, offsets);
+    }
+
+    fn kept_offsets(half: Half, source: *const Source, number: u64, head: usize) ?[*]const u8 {
+        const kept = source.kept orelse return null;
+        if ((kept.end - 1) / kept.tokens_per_page != number) return null;
+        return half.offsets(kept.keys_of(kept.page_at(number, head)));
     }
 
     /// Where rows go at tail precision: to a page that holds just that, or to working memory.

@@ -5,6 +5,8 @@
 const std = @import("std");
 const assert = std.debug.assert;
 const abi = @import("abi.zig");
+const k_format = @import("k_format.zig");
+const dot = @import("dot.zig");
 const vec = @import("vec.zig");
 
 /// Tokens of a page, and the window that kernels work on at once.
@@ -15,7 +17,7 @@ pub const group = 32;
 pub const block_slots = 16;
 pub const blocks_per_page = page_tokens / block_slots;
 
-pub const all = .{ F32, F16, BF16, Q8, Q4 };
+pub const all = .{ F32, F16, BF16, Q8, Q4, Q2K, Q3K, Q4K, Q5K, Q6K };
 pub const count = all.len;
 pub const Format = abi.Format;
 
@@ -30,6 +32,11 @@ pub const F16 = Float("f16", f16);
 pub const BF16 = Float("bf16", u16);
 pub const Q8 = Integer(8);
 pub const Q4 = Integer(4);
+pub const Q2K = k_format.K(2);
+pub const Q3K = k_format.K(3);
+pub const Q4K = k_format.K(4);
+pub const Q5K = k_format.K(5);
+pub const Q6K = k_format.K(6);
 
 /// Keys or values: their codes are interleaved for different dot products.
 pub const Side = enum { key, value };
@@ -70,7 +77,9 @@ fn Integer(comptime code_bits: comptime_int) type {
     return struct {
         pub const name = std.fmt.comptimePrint("q{d}", .{code_bits});
         pub const quantized = true;
+        pub const half_levels = false;
         pub const bits = code_bits;
+        pub const Scale = f16;
         /// Stored code minus this is the code.
         pub const offset = if (bits == 4) 8 else 0;
         pub const code_min: f32 = if (bits == 4) -8 else -127;
@@ -79,6 +88,44 @@ fn Integer(comptime code_bits: comptime_int) type {
         pub const query_planes = if (bits == 4) 1 else 2;
         /// Chunks of four dimensions whose codes one load brings.
         pub const chunks_per_load = 8 / bits;
+
+        pub const group_bytes = group * page_tokens * bits / 8;
+
+        pub fn loads_per_group(side: Side) usize {
+            const words: usize = if (side == .key) group / 4 else block_slots;
+            return words / chunks_per_load;
+        }
+
+        /// The codes of `chunks_per_load` words, for 16 lanes from byte `at` of every word on.
+        pub const Loaded = struct {
+            codes: dot.Codes,
+
+            /// The words of load `l` of a group, whose codes begin at `codes`.
+            pub inline fn init(side: Side, codes: [*]const u8, l: usize, at: usize) Loaded {
+                const word_bytes: usize = if (side == .key) page_tokens * 4 else group * 4;
+                const source = codes + l * word_bytes + at;
+                return .{ .codes = if (bits == 8 and side == .key)
+                    dot.load_signed_codes(source)
+                else
+                    vec.load(dot.Codes, source) };
+            }
+
+            /// The codes of word `which` of the load, a byte each.
+            pub inline fn select(loaded: Loaded, comptime which: usize) dot.Codes {
+                if (bits == 8) return loaded.codes;
+                const codes = loaded.codes;
+                return if (which == 0) dot.low_nibbles(codes) else dot.high_nibbles(codes);
+            }
+        };
+
+        /// 16 scales from `index` on.
+        pub inline fn load_scales(scales: [*]const u8, index: usize) vec.F {
+            return vec.from_f16(16, vec.load(@Vector(16, f16), scales + index * 2));
+        }
+
+        pub inline fn scale_at(scales: [*]const u8, index: usize) f32 {
+            return vec.from_f16(1, .{vec.load(f16, scales + index * 2)})[0];
+        }
 
         /// Orders values by magnitude, as integers. Equal magnitudes of both signs: q4 takes the
         /// positive one; to q8 signs are all the same.
@@ -173,11 +220,12 @@ pub const Half = struct {
     /// Token slots: 64 for quantized formats, any multiple of 16 for floating point.
     slots: u32,
     rotated: bool,
+    /// Rows are stored relative to an offset of their page.
+    centred: bool = false,
 
     pub fn quantized(half: Half) bool {
         return switch (half.format) {
-            .f32, .f16, .bf16 => false,
-            .q8, .q4 => true,
+            inline else => |tag| all[@backingInt(tag)].quantized,
         };
     }
 
@@ -197,26 +245,41 @@ pub const Half = struct {
     }
 
     pub fn code_bytes(half: Half) usize {
-        return switch (half.format) {
-            .f32, .f16, .bf16 => half.slots * half.row_bytes(),
-            .q8 => half.slots * half.dim_stored(),
-            .q4 => half.slots * half.dim_stored() / 2,
-        };
+        switch (half.format) {
+            inline else => |tag| {
+                const T = all[@backingInt(tag)];
+                if (!T.quantized) return half.slots * half.row_bytes();
+                return half.groups() * T.group_bytes;
+            },
+        }
     }
 
     pub fn scale_bytes(half: Half) usize {
-        return if (half.quantized()) half.slots * half.groups() * @sizeOf(f16) else 0;
+        switch (half.format) {
+            inline else => |tag| {
+                const T = all[@backingInt(tag)];
+                if (!T.quantized) return 0;
+                return half.slots * half.groups() * @sizeOf(T.Scale);
+            },
+        }
     }
 
     pub fn bytes(half: Half) usize {
         if (half.quantized()) assert(half.slots == page_tokens);
         assert(half.slots % block_slots == 0);
-        return half.code_bytes() + half.scale_bytes();
+        const used = half.code_bytes() + half.scale_bytes();
+        if (!half.centred) return used;
+        return std.mem.alignForward(usize, used + half.dim_stored(), 64);
     }
 
-    /// Scales of a quantized half: (group, slot) f16.
-    pub fn scales(half: Half, base: [*]const u8) [*]const f16 {
-        return @ptrCast(@alignCast(base + half.code_bytes()));
+    /// Scales of a quantized half: (group, slot), each of the format's `Scale`.
+    pub fn scales(half: Half, base: [*]const u8) [*]const u8 {
+        return base + half.code_bytes();
+    }
+
+    /// Offsets of a centred half: (dimension), a byte each.
+    pub fn offsets(half: Half, base: [*]const u8) [*]const u8 {
+        return base + half.code_bytes() + half.scale_bytes();
     }
 };
 

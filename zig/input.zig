@@ -4,6 +4,7 @@ const std = @import("std");
 const abi = @import("abi.zig");
 const dispatch = @import("dispatch.zig");
 const format = @import("format.zig");
+const k_format = @import("k_format.zig");
 const message = @import("message.zig");
 const rotate = @import("rotate.zig");
 const rows_file = @import("rows.zig");
@@ -146,6 +147,9 @@ pub fn limit_of(half: Half) f32 {
         .bf16 => return @as(f32, @bitCast(@as(u32, 0x7f7f_7fff))),
         .q8 => largest_f16 * 127.0,
         .q4 => largest_f16 * 8.0,
+        inline .q2k, .q3k, .q4k, .q5k, .q6k => |tag| k_format.limit(
+            format.all[@backingInt(tag)].bits,
+        ),
     };
     if (!half.rotated) return largest;
     // A rotated value is at most sqrt(n) times the largest of its block.

@@ -34,12 +34,14 @@ test {
     _ = @import("dispatch.zig");
     _ = @import("dot.zig");
     _ = @import("encode.zig");
+    _ = @import("encode_k.zig");
     _ = @import("evict.zig");
     _ = @import("exp2.zig");
     _ = @import("fill.zig");
     _ = @import("format.zig");
     _ = @import("input.zig");
     _ = @import("inspect.zig");
+    _ = @import("k_format.zig");
     _ = @import("kept.zig");
     _ = @import("kernels.zig");
     _ = @import("manifest.zig");

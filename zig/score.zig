@@ -4,6 +4,7 @@ const std = @import("std");
 const dot = @import("dot.zig");
 const vec = @import("vec.zig");
 const format = @import("format.zig");
+const k_format = @import("k_format.zig");
 const prepare = @import("prepare.zig");
 const ahead_file = @import("ahead.zig");
 const Ahead = ahead_file.Ahead;
@@ -17,6 +18,8 @@ pub const Scores = [rows_max][format.page_tokens]f32;
 
 pub const ScoreArgs = extern struct {
     keys: [*]const u8,
+    /// The keys are relative to offsets, which lie behind their scales.
+    centred: bool,
     ahead: Ahead,
     /// Dimensions as stored.
     dim: usize,
@@ -73,28 +76,43 @@ fn score_integer(comptime T: type, comptime rows: usize, args: *const ScoreArgs)
     const flight = if (vec.wide_registers) format.blocks_per_page / planes else 1;
     const together: usize = comptime @min(rows, @max(1, dot.accumulators_max / planes / flight));
     const passes = comptime std.math.divCeil(usize, rows, together) catch unreachable;
-    const loads = args.query.groups() * loads_per_group(T);
+    const loads = args.query.groups() * T.loads_per_group(.key);
     const first_block = args.first_slot / format.block_slots;
     const end_block = (args.end_slot - 1) / format.block_slots + 1;
     const blocks = end_block - first_block;
     var spread = args.ahead.over(loads * passes * (blocks / flight + blocks % flight));
+    const starts = score_offsets(T, rows, args);
     var block = first_block;
     while (block + flight <= end_block) : (block += flight) {
         inline for (0..passes) |pass| {
             const count = comptime @min(together, rows - pass * together);
-            score_blocks(T, pass * together, count, flight, args, block, &spread);
+            const some = starts[pass * together ..][0..count];
+            score_blocks(T, pass * together, count, flight, args, some, block, &spread);
         }
     }
     while (block < end_block) : (block += 1) {
         inline for (0..passes) |pass| {
             const count = comptime @min(together, rows - pass * together);
-            score_blocks(T, pass * together, count, 1, args, block, &spread);
+            const some = starts[pass * together ..][0..count];
+            score_blocks(T, pass * together, count, 1, args, some, block, &spread);
         }
     }
 }
 
-fn loads_per_group(comptime T: type) usize {
-    return format.group / 4 / T.chunks_per_load;
+/// What the offsets of a page add to the scores of all its slots.
+inline fn score_offsets(comptime T: type, comptime rows: usize, args: *const ScoreArgs) [rows]f32 {
+    if (!T.half_levels or !args.centred) return @splat(0);
+    const q = args.query;
+    const offsets = args.keys + q.groups() * (T.group_bytes + format.page_tokens);
+    var sums: [rows]F = @splat(vec.splat(0));
+    for (0..q.dim / vec.lanes) |i| {
+        const at = i * vec.lanes;
+        const offset = k_format.from_offset(vec.load(@Vector(16, u8), offsets + at));
+        inline for (&sums, 0..) |*sum, r| {
+            sum.* += offset * vec.load(F, q.values + (args.row + r) * q.dim + at);
+        }
+    }
+    return vec.fold_each(.add, F, rows, &sums);
 }
 
 fn score_blocks(
@@ -103,52 +121,57 @@ fn score_blocks(
     comptime rows: usize,
     comptime blocks: usize,
     args: *const ScoreArgs,
+    starts: *const [rows]f32,
     block: usize,
     spread: *Spread,
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const planes = T.query_planes;
     const bias = if (T.bits == 8) dot.code_bias else T.offset;
-    const loads = loads_per_group(T);
+    const loads = T.loads_per_group(.key);
     const q = args.query;
     const row = args.row + first_row;
     const words = q.dim / 4;
     const groups = q.groups();
-    const run_bytes = format.page_tokens * 4; // one word of every slot
-    const scales: [*]const f16 = @ptrCast(@alignCast(args.keys + groups * loads * run_bytes));
-    var totals: [rows][blocks]F = @splat(@splat(vec.splat(0)));
+    const scales = args.keys + groups * T.group_bytes;
+    var totals: [rows][blocks]F = undefined;
+    inline for (&totals, starts) |*total, start| total.* = @splat(vec.splat(start));
     for (0..groups) |g| {
         var sums: [planes][rows][blocks]dot.Accumulator = undefined;
         inline for (0..rows) |r| {
-            const start = -bias *% q.sums[(row + r) * groups + g];
+            const sum = q.sums[(row + r) * groups + g];
+            const start = if (T.half_levels) 0 else -bias *% sum;
             inline for (0..blocks) |b| {
                 sums[planes - 1][r][b] = .init(start);
                 if (planes == 2) sums[0][r][b] = .init(0);
             }
         }
         for (0..loads) |l| {
-            const run = (g * loads + l) * run_bytes + block * 64;
+            const of_group = args.keys + g * T.group_bytes;
             spread.turn();
-            var codes: [blocks]dot.Codes = undefined;
-            inline for (0..blocks) |b| codes[b] = load_codes(T, args.keys + run + b * 64);
+            var codes: [blocks]T.Loaded = undefined;
+            inline for (&codes, 0..) |*some, b| some.* = .init(.key, of_group, l, (block + b) * 64);
             inline for (0..T.chunks_per_load) |chunk| {
                 const word = g * format.group / 4 + l * T.chunks_per_load + chunk;
                 inline for (0..rows) |r| inline for (0..planes) |p| {
                     const y = q.planes[((row + r) * 2 + p) * words + word];
-                    inline for (0..blocks) |b| sums[p][r][b].dot(
-                        select_nibbles(T, codes[b], chunk),
-                        y,
-                    );
+                    inline for (0..blocks) |b| sums[p][r][b].dot(codes[b].select(chunk), y);
                 };
             }
         }
         inline for (0..blocks) |b| {
             const at = g * format.page_tokens + (block + b) * 16;
-            const key_scale = vec.from_f16(16, vec.load(@Vector(16, f16), scales + at));
+            const key_scale = T.load_scales(scales, at);
             inline for (0..rows) |r| {
                 var sum = sums[0][r][b].get();
                 if (planes == 2) sum = (sum << @splat(7)) +% sums[1][r][b].get();
-                const unit = key_scale * vec.splat(q.scales[(row + r) * groups + g]);
+                const of_row = (row + r) * groups + g;
+                if (T.half_levels) {
+                    const biases: vec.I = @splat(bias *% q.sums[of_row]);
+                    sum = (sum << @splat(1)) -% biases;
+                }
+                const halved: f32 = if (T.half_levels) 0.5 else 1;
+                const unit = key_scale * vec.splat(q.scales[of_row] * halved);
                 totals[r][b] += @as(F, @floatFromInt(sum)) * unit;
             }
         }
@@ -156,14 +179,4 @@ fn score_blocks(
     inline for (0..rows) |r| inline for (0..blocks) |b| {
         vec.store(@as([*]f32, &args.scores[first_row + r]) + (block + b) * 16, totals[r][b]);
     };
-}
-
-pub inline fn load_codes(comptime T: type, source: [*]const u8) dot.Codes {
-    return if (T.bits == 8) dot.load_signed_codes(source) else vec.load(dot.Codes, source);
-}
-
-/// The codes of chunk (or token quad) `which` of a load.
-pub inline fn select_nibbles(comptime T: type, codes: dot.Codes, comptime which: usize) dot.Codes {
-    if (T.bits == 8) return codes;
-    return if (which == 0) dot.low_nibbles(codes) else dot.high_nibbles(codes);
 }

@@ -456,7 +456,8 @@ fn clean(half: Half, comptime side: format.Side, base: []u8, start: usize, end: 
                 if (slot >= start and slot < end) continue;
                 for (0..half.dim_stored()) |dim| T.set(side, base.ptr, slot, dim, 0);
                 for (0..half.groups()) |g| {
-                    @memset(scales[(g * format.page_tokens + slot) * 2 ..][0..2], 0);
+                    const size = @sizeOf(T.Scale);
+                    @memset(scales[(g * format.page_tokens + slot) * size ..][0..size], 0);
                 }
             }
         },
@@ -470,7 +471,7 @@ test "the hash is XXH64" {
 
 test "cleaning touches dead slots alone" {
     const gpa = std.testing.allocator;
-    inline for ([_]format.Format{ .f16, .q8, .q4 }) |f| {
+    inline for ([_]format.Format{ .f16, .q8, .q4, .q5k, .q3k }) |f| {
         const half: Half = .{ .format = f, .dim = 64, .slots = 64, .rotated = false };
         inline for ([_]format.Side{ .key, .value }) |side| {
             const T = format.all[@backingInt(f)];

@@ -90,6 +90,11 @@ fn copy_live(run: *const Tier, number: u64, head: usize, target: []u8) void {
     const end: usize = @intCast(@min(run.end, first + run.tokens_per_page) - first);
     const page = run.page_at(number, head);
     const key_bytes = run.key.bytes();
+    if (run.key.centred) { // the same in all runs of a page: see fill.zig
+        const at = run.key.code_bytes() + run.key.scale_bytes();
+        const offsets = run.key.offsets(run.keys_of(page));
+        @memcpy(target[at..][0..run.key.dim_stored()], offsets[0..run.key.dim_stored()]);
+    }
     for (start..end) |slot| {
         copy_slot(run.key, .key, run.keys_of(page), target[0..key_bytes], slot);
         copy_slot(run.value, .value, run.values_of(page), target[key_bytes..], slot);
@@ -115,8 +120,9 @@ fn copy_slot(
                 T.set(side, target.ptr, slot, dim, T.get(side, source, slot, dim));
             }
             for (0..half.groups()) |g| {
-                const at = half.code_bytes() + (g * format.page_tokens + slot) * @sizeOf(f16);
-                @memcpy(target[at..][0..@sizeOf(f16)], source[at..][0..@sizeOf(f16)]);
+                const size = @sizeOf(T.Scale);
+                const at = half.code_bytes() + (g * format.page_tokens + slot) * size;
+                @memcpy(target[at..][0..size], source[at..][0..size]);
             }
         },
     }

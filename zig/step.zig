@@ -20,8 +20,8 @@ const line_bytes = 64;
 const bytes_ahead_min = 16 << 10;
 /// Nanoseconds of a kernel on a page of four rows by 128 dimensions, in the order of `format.all`:
 /// how the lines to fetch are shared out. Only ratios matter, and only for speed.
-const score_cost = [format.count]usize{ 1100, 1100, 1100, 370, 215 };
-const accumulate_cost = [format.count]usize{ 1000, 1000, 1000, 500, 490 };
+const score_cost = [format.count]usize{ 1100, 1100, 1100, 370, 215, 240, 260, 220, 260, 260 };
+const accumulate_cost = [format.count]usize{ 1000, 1000, 1000, 500, 490, 500, 520, 490, 520, 520 };
 
 /// Up to 64 slots of one page that kernels take at once.
 pub const Window = struct {
@@ -200,6 +200,7 @@ pub const Step = struct {
         const table = step.work.job.table;
         table.score[@backingInt(step.window.key_format)][step.count - 1](&.{
             .keys = step.window.keys,
+            .centred = step.tier.key.centred,
             .ahead = step.ahead(step.window.ahead_of_score),
             .dim = step.tier.key.dim_stored(),
             .query = &step.work.query,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("f32", "f16", "bf16", "q8", "q4")
+PRECISIONS = ("f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
 CORES = ("native", "wasm")
 DEMO_PACKAGES = ("gguf", "tokenizers", "platformdirs")
 

@@ -16,10 +16,15 @@ from kvz.arrays import as_count
 from kvz.errors import ConfigError, InvalidArgumentError, InvalidTypeError, KvzError
 
 _GROUP = 32  # values that share one scale; packed rows are padded to a multiple
+_PAGE = 64  # tokens of a page of the store
+_LINE = 64  # bytes; the keys of a page, and its values, are multiples of it
 
 
 class Precision(str, Enum):
     """How a value is stored. Wherever one is expected, its lower-case name will do: ``"q4"``.
+
+    `Q6K` to `Q2K` are the best for their bits: scales are bytes, fitted to the codes by least
+    squares, and keys are stored relative to an offset of their page.
 
     Examples
     --------
@@ -34,24 +39,45 @@ class Precision(str, Enum):
     BF16 = "bf16"
     Q8 = "q8"
     Q4 = "q4"
+    Q6K = "q6k"
+    Q5K = "q5k"
+    Q4K = "q4k"
+    Q3K = "q3k"
+    Q2K = "q2k"
 
     def __str__(self) -> str:
         return self.value
 
     @property
     def bits_per_value(self) -> float:
-        """Bits that one value takes, its share of the scale included."""
+        """Bits that one value takes, its share of the scale included.
+
+        Keys of `Q6K` to `Q2K` take an eighth of a bit more: the offset of their page.
+        """
         return _BITS[self]
 
     @property
     def is_packed(self) -> bool:
         """Whether values are stored as codes with a scale."""
-        return self in (Precision.Q8, Precision.Q4)
+        return self not in (Precision.F32, Precision.F16, Precision.BF16)
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether keys are stored relative to an offset of their page."""
+        return self.value.endswith("k")
 
     def bytes_per_row(self, dim: int) -> float:
         """Bytes that a vector of `dim` values takes, padding and scales included."""
         padded = -(-dim // _GROUP) * _GROUP if self.is_packed else dim
         return padded * self.bits_per_value / 8
+
+    def bytes_per_key(self, dim: int) -> float:
+        """Bytes that a key of `dim` values takes, its share of the offset of its page included."""
+        row = self.bytes_per_row(dim)
+        if not self.is_centred:
+            return row
+        half = _PAGE * row + -(-dim // _GROUP) * _GROUP
+        return -(-half // _LINE) * _LINE / _PAGE
 
 
 _BITS = {
@@ -60,10 +86,17 @@ _BITS = {
     Precision.BF16: 16.0,
     Precision.Q8: 8.5,
     Precision.Q4: 4.5,
+    Precision.Q6K: 6.25,
+    Precision.Q5K: 5.25,
+    Precision.Q4K: 4.25,
+    Precision.Q3K: 3.25,
+    Precision.Q2K: 2.25,
 }
 _TAIL = (Precision.F32, Precision.F16, Precision.BF16)
 
-PrecisionLike: TypeAlias = Precision | Literal["f32", "f16", "bf16", "q8", "q4"]
+PrecisionLike: TypeAlias = (
+    Precision | Literal["f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k"]
+)
 StorePrecision: TypeAlias = PrecisionLike | tuple[PrecisionLike, PrecisionLike]
 
 
@@ -117,15 +150,15 @@ class CacheConfig:
         The newest tokens, at least this many, that stay at `tail_precision`.
     tail_precision : {"f32", "f16", "bf16"}
         Of the tail and of the sinks.
-    store_precision : {"f32", "f16", "bf16", "q8", "q4"}, or a pair of them
-        Of older tokens; a pair is (keys, values).
+    store_precision : a precision, or a pair of them
+        Of older tokens; a pair is (keys, values). Any `Precision` or its name.
     migration_batch : int
         Tokens that leave the tail together. Batches are aligned to position 0.
     sink_tokens : int
         The first tokens, this many, that stay at `tail_precision` for ever.
     rotation : {"auto", "on", "off"}
-        Whether packed vectors are rotated, which spreads outliers over all values: "auto" for q4
-        only, "on" for q8 too.
+        Whether packed vectors are rotated, which spreads outliers over all values: "auto" for all
+        but q8, "on" for q8 too.
 
     Raises
     ------
@@ -235,7 +268,7 @@ class CacheConfig:
 
     def _bytes_per_token(self, keys: Precision, values: Precision) -> int:
         value_dim = self.value_dim or self.head_dim
-        row = keys.bytes_per_row(self.head_dim) + values.bytes_per_row(value_dim)
+        row = keys.bytes_per_key(self.head_dim) + values.bytes_per_row(value_dim)
         return math.ceil(self.num_kv_heads * row)
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,7 +18,19 @@ from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError
 
 Store = str | tuple[str, str]
-STORES: tuple[Store, ...] = ("f32", "f16", "q8", ("q8", "q4"), "q4")
+STORES: tuple[Store, ...] = (
+    "f32",
+    "f16",
+    "q8",
+    ("q8", "q4"),
+    "q6k",
+    "q5k",
+    ("q5k", "q4k"),
+    "q4",
+    "q4k",
+    "q3k",
+    "q2k",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ def quantize(
     ----------
     x : (..., dim) float32, float16, bfloat16 or float64
         Every row has its own scales, one per 32 values.
-    precision : {"f32", "f16", "bf16", "q8", "q4"}
+    precision : Precision or its name
     rotation : {"auto", "on", "off"}
         Rotate rows before they are packed; "auto" does for q4.
     core : {"native", "wasm"}, optional
@@ -124,7 +124,7 @@ def quantize(
     """
     loaded, chosen = load(core), to_precision(precision, "precision")
     check_rotation(rotation)
-    rotated = chosen.is_packed and (rotation == "on" or (rotation == "auto" and chosen == "q4"))
+    rotated = chosen.is_packed and (rotation == "on" or (rotation == "auto" and chosen != "q8"))
     source = as_float32(x, "x")
     if source.ndim == 0:
         raise InvalidArgumentError("x: expected (..., dim), got a single number")

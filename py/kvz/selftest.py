@@ -15,7 +15,15 @@ from kvz.config import CacheConfig, StorePrecision
 from kvz.errors import CoreError
 
 CORES = ("native", "wasm")
-STORES: tuple[StorePrecision, ...] = ("f32", "f16", "bf16", "q8", "q4", ("q8", "q4"))
+STORES: tuple[StorePrecision, ...] = (
+    "f32",
+    "f16",
+    "bf16",
+    "q8",
+    "q4",
+    ("q8", "q4"),
+    ("q5k", "q4k"),
+)
 TOKENS, HEADS, QUERIES_PER_HEAD, HEAD_DIM = 300, 2, 3, 80
 
 

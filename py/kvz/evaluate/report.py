@@ -121,6 +121,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 color=color,
             )
     axes.set_yscale("log")
+    axes.margins(x=0.15)  # room for names
     axes.set_xlabel("bits per value of the packed tokens, scales and offsets included")
     axes.set_ylabel("mean KL divergence per token, nats")
     axes.set_title("SmolLM2-135M: what packing the KV cache changes")

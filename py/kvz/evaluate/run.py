@@ -24,7 +24,18 @@ from kvz.evaluate.streams import Setting
 from kvz.evaluate.tasks import DEPTHS, tasks
 
 EXACT = "exact"
-STORES: tuple[Store, ...] = ("f16", "q8", ("q8", "q4"), "q4")
+STORES: tuple[Store, ...] = (
+    "f16",
+    "q8",
+    ("q8", "q4"),
+    ("q6k", "q5k"),
+    "q5k",
+    ("q5k", "q4k"),
+    "q4",
+    "q4k",
+    "q3k",
+    "q2k",
+)
 QUICK_TOKENS = 512
 
 CAPTION = """\

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvz.reference.formats import Floats, Format, round_to
+from kvz.reference.formats import Floats, Format, offset_of, round_to
+
+PAGE = 64  # tokens of a page of the store
+
 
 # -- 4. Tiers ------------------------------------------------------------------------------------
 
@@ -181,6 +184,7 @@ class ReferenceCache:
         self.tiers = Tiers()
         self.pins: frozenset[int] = frozenset()  # positions, held or yet to come
         self.positions = np.zeros(0, np.int64)  # of the tokens held, oldest first
+        self._offsets: dict[int, Floats] = {}  # of the keys of the store's pages, (H, D)
         self._keys = np.zeros((0, heads, self.head_dim), np.float32)  # as they read back now
         self._values = np.zeros((0, heads, self.value_dim), np.float32)
 
@@ -205,13 +209,40 @@ class ReferenceCache:
         # Migration: what was in the tail, or is new, and now lies before the boundary. A store
         # always encodes what the tail held, even of a token that never had to wait there.
         moves = (positions >= max(before.boundary, sinks)) & (positions < self.tiers.boundary)
-        k[moves] = self.key_format.stored(k[moves])
+        centred = self.key_format.centred and moves.any()
+        offset = self._offsets_of(positions, k, moves) if centred else None
+        k[moves] = self.key_format.stored(k[moves], offset)
         v[moves] = self.value_format.stored(v[moves])
         # Eviction: the oldest go, exact to the token; sinks and pinned tokens never.
         self.positions, self._keys, self._values = positions, k, v
         excess = len(positions) - self.config.max_tokens
         if excess > 0:
             self._forget(positions[self._loose()][:excess])
+        self._drop_pages()
+
+    def _offsets_of(self, positions: NDArray[np.int64], keys: Floats, moves: Any) -> Floats:
+        """Give the offset of each key that migrates; a page that is new gets one.
+
+        It is that of the page's tokens in the first batch that reaches it: it does not matter how
+        the stream was cut into appends, nor which of those tokens are evicted at once.
+        """
+        moving = positions[moves]
+        batch = self.config.migration_batch
+        for page in np.unique(moving // PAGE).tolist():
+            if page not in self._offsets:
+                first = moving[moving // PAGE == page][0]
+                last = min((page + 1) * PAGE, (first // batch + 1) * batch)
+                rows = keys[(positions >= first) & (positions < last)]
+                offset = offset_of(self.key_format.spread(rows))
+                self._offsets = {**self._offsets, page: offset}  # forks share what was there
+        return np.array([self._offsets[page] for page in (moving // PAGE).tolist()])
+
+    def _drop_pages(self) -> None:
+        """Forget the offsets of pages of which no stored token is held."""
+        sinks, boundary = self.config.sink_tokens, self.tiers.boundary
+        stored = (self.positions >= sinks) & (self.positions < boundary)
+        pages = set((self.positions[stored] // PAGE).tolist())
+        self._offsets = {page: offset for page, offset in self._offsets.items() if page in pages}
 
     def _loose(self) -> NDArray[np.bool_]:
         """Tell which of the tokens held are neither sinks nor pinned."""
@@ -264,6 +295,7 @@ class ReferenceCache:
             raise ValueError("positions: expected evictable ones")
         if len(positions):
             self._forget(positions)
+            self._drop_pages()
 
     def _rows(self, what: str, given: ArrayLike, dim: int, store: Format) -> Floats:
         """Check one side of an append and bring it to (T, H, dim) float32."""
@@ -345,6 +377,7 @@ class ReferenceCache:
         self.positions, self._keys, self._values = (
             x[held] for x in (self.positions, self._keys, self._values)
         )
+        self._drop_pages()
 
     def fork(self, length: int | None = None) -> ReferenceCache:
         """Copy the cache; with `length`, as if the tokens from that position on were trimmed.
