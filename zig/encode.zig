@@ -5,16 +5,22 @@ const vec = @import("vec.zig");
 const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const k_format = @import("k_format.zig");
+const narrow = @import("narrow.zig");
+const rows_file = @import("rows.zig");
 const F = vec.F;
 const U = vec.U;
 const Half = format.Half;
+const Rows = rows_file.Rows;
 const Side = format.Side;
+const Spread = rows_file.Spread;
 
 /// 64 rows of f32, padded with zeros to the stored dimension, rotated where the half is rotated.
 pub const PageArgs = extern struct {
     half: [*]u8,
     rows: [*]const f32, // (64, dim)
     dim: usize,
+    /// What is read next, to be fetched meanwhile.
+    ahead: Rows,
 };
 
 /// Packs a whole page of 64 tokens.
@@ -22,6 +28,7 @@ pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs)
     if (T.half_levels) return encode_k.encode_page(T, side, args);
     const groups = args.dim / format.group;
     const scales: [*]f16 = @ptrCast(@alignCast(args.half + groups * T.group_bytes));
+    var ahead = args.ahead.over(groups * format.block_slots);
     for (0..groups) |g| {
         var inverses: [format.page_tokens]f32 = undefined;
         for (0..format.blocks_per_page) |block| {
@@ -33,7 +40,8 @@ pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs)
             args,
             g,
             &inverses,
-        ) else encode_value_group(T, args, g, &inverses);
+            &ahead,
+        ) else encode_value_group(T, args, g, &inverses, &ahead);
     }
 }
 
@@ -56,54 +64,46 @@ fn encode_scales(
     return T.inverse(vec.from_f16(16, scale));
 }
 
-const code_mask = struct {
-    fn of(comptime T: type) U {
-        return @splat((1 << T.bits) - 1);
+/// Codes of 16 values of four tokens, with `offset` added where they are nibbles: in each quarter
+/// four bytes of every token.
+inline fn encode_four(
+    comptime T: type,
+    rows: [*]const f32,
+    stride: usize,
+    inverses: [4]f32,
+) narrow.Bytes {
+    var rounded: [4]vec.I = undefined;
+    inline for (&rounded, 0..) |*codes, k| {
+        codes.* = T.round(vec.load(F, rows + k * stride) * vec.splat(inverses[k]));
     }
-};
+    return T.clamp(narrow.to_bytes(&rounded));
+}
 
-/// Four tokens at a time: 16 dims of each become four words, transposed so that stores are 16
-/// bytes.
+/// Four tokens at a time: 16 dims of each become four words, a quarter of a vector each.
 fn encode_key_group(
     comptime T: type,
     args: *const PageArgs,
     g: usize,
     inverses: *const [format.page_tokens]f32,
+    ahead: *Spread,
 ) void {
-    @setEvalBranchQuota(100_000); // everything below is unrolled
     const run_bytes = format.page_tokens * 4;
     const loads = format.group / 4 / T.chunks_per_load;
     var slot: usize = 0;
     while (slot < format.page_tokens) : (slot += 4) {
+        ahead.turn();
         inline for (0..2) |h| {
-            var words: [4]@Vector(4, u32) = undefined;
-            inline for (0..4) |t| {
-                const x = vec.load(
-                    F,
-                    args.rows + (slot + t) * args.dim + g * format.group + h * vec.lanes,
-                );
-                const codes = T.encode(x, vec.splat(inverses[slot + t])) & code_mask.of(T);
-                words[t] = @bitCast(@as(@Vector(16, u8), @truncate(codes)));
-            }
-            const joined = std.simd.join(
-                std.simd.join(words[0], words[1]),
-                std.simd.join(words[2], words[3]),
-            );
-            const chunk_major: U = @shuffle(
-                u32,
-                joined,
-                undefined,
-                [16]i32{ 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 },
-            );
+            const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
+            const codes = encode_four(T, rows, args.dim, inverses[slot..][0..4].*);
             inline for (0..4 / T.chunks_per_load) |k| {
                 const load_index = g * loads + (h * 4) / T.chunks_per_load + k;
                 const target = args.half + load_index * run_bytes + slot * 4;
                 if (T.bits == 8) {
-                    vec.store(target, std.simd.extract(chunk_major, k * 4, 4));
+                    vec.store(target, std.simd.extract(codes, k * 16, 16));
                 } else {
-                    const low = std.simd.extract(chunk_major, k * 8, 4);
-                    const high = std.simd.extract(chunk_major, k * 8 + 4, 4);
-                    vec.store(target, low | (high << @splat(4)));
+                    const low = std.simd.extract(codes, k * 32, 16);
+                    const high = std.simd.extract(codes, k * 32 + 16, 16);
+                    vec.store(target, low | high << @splat(4));
                 }
             }
         }
@@ -115,21 +115,23 @@ fn encode_value_group(
     args: *const PageArgs,
     g: usize,
     inverses: *const [format.page_tokens]f32,
+    ahead: *Spread,
 ) void {
     const loads = format.block_slots / T.chunks_per_load;
     for (0..loads) |l| {
+        inline for (0..T.chunks_per_load) |_| ahead.turn();
         inline for (0..2) |h| {
-            var words: U = @splat(0);
-            inline for (0..T.chunks_per_load) |which| inline for (0..4) |k| {
-                const slot = l * T.chunks_per_load + which + 16 * k;
-                const x = vec.load(
-                    F,
-                    args.rows + slot * args.dim + g * format.group + h * vec.lanes,
-                );
-                const codes = T.encode(x, vec.splat(inverses[slot])) & code_mask.of(T);
-                words |= codes << @splat(8 * k + 4 * which);
-            };
-            vec.store(args.half + (g * loads + l) * format.group * 4 + h * 64, words);
+            var words: [T.chunks_per_load]narrow.Bytes = undefined;
+            inline for (&words, 0..) |*word, which| {
+                const slot = l * T.chunks_per_load + which;
+                const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
+                const stride = format.block_slots * args.dim;
+                var of_slots: [4]f32 = undefined;
+                inline for (&of_slots, 0..) |*x, k| x.* = inverses[slot + format.block_slots * k];
+                word.* = narrow.transpose_quarters(encode_four(T, rows, stride, of_slots));
+            }
+            const target = args.half + (g * loads + l) * format.group * 4 + h * 64;
+            vec.store(target, if (T.bits == 8) words[0] else words[0] | words[1] << @splat(4));
         }
     }
 }
@@ -163,15 +165,12 @@ pub fn encode_token(
                 scales[g * format.page_tokens + slot] = scale[0];
                 const inverse = T.inverse(vec.from_f16(16, scale));
                 inline for (.{ a, b }, 0..) |x, h| {
-                    const codes: [vec.lanes]u32 = T.encode(x, inverse) & code_mask.of(T);
-                    for (codes, 0..) |code, i| {
-                        T.set(
-                            side,
-                            base,
-                            slot,
-                            g * format.group + h * vec.lanes + i,
-                            @truncate(code),
-                        );
+                    const rounded = T.round(x * inverse);
+                    const bytes = narrow.to_bytes(&.{ rounded, rounded, rounded, rounded });
+                    const codes: [4 * vec.lanes]u8 = T.clamp(bytes);
+                    inline for (0..vec.lanes) |i| {
+                        const dim = g * format.group + h * vec.lanes + i;
+                        T.set(side, base, slot, dim, codes[i / 4 * vec.lanes + i % 4]);
                     }
                 }
             }
@@ -224,7 +223,7 @@ test "a page packed at once and token by token has the same bytes and values wit
         const half: Half = .{ .format = tag, .dim = dim, .slots = 64, .rotated = false };
         var whole: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
         var single: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
-        encode_page(T, side, &.{ .half = &whole, .rows = &rows, .dim = dim });
+        encode_page(T, side, &.{ .half = &whole, .rows = &rows, .dim = dim, .ahead = .none });
         for (0..format.page_tokens) |t| encode_token(
             half,
             side,

@@ -13,9 +13,11 @@ pub fn encode_page(comptime T: type, comptime side: Side, args: *const encode.Pa
     const groups = args.dim / format.group;
     const scales = args.half + groups * T.group_bytes;
     var words: [format.group * format.page_tokens / 4]u32 align(64) = undefined;
+    var ahead = args.ahead.over(groups * format.blocks_per_page);
     for (0..groups) |g| {
         var inverses: [format.page_tokens]f32 = undefined;
         for (0..format.blocks_per_page) |block| {
+            ahead.turn();
             const at = g * format.page_tokens + block * vec.lanes;
             const fitted = fit_block(T, args.rows + block * vec.lanes * args.dim, args.dim, g);
             vec.store(scales + at, @as(@Vector(16, u8), @truncate(fitted.bytes)));
@@ -200,7 +202,7 @@ test "a page packed at once and token by token has the same bytes and fits as we
     ) |T| inline for (.{ Side.key, Side.value }) |side| {
         var whole: [format.page_tokens * dim]u8 align(64) = @splat(0);
         var single: [format.page_tokens * dim]u8 align(64) = @splat(0);
-        encode_page(T, side, &.{ .half = &whole, .rows = &rows, .dim = dim });
+        encode_page(T, side, &.{ .half = &whole, .rows = &rows, .dim = dim, .ahead = .none });
         for (0..format.page_tokens) |t| {
             encode_token(T, side, &single, t, rows[t * dim ..][0..dim]);
         }

@@ -94,9 +94,12 @@ const Job = struct {
                 .head = head,
             };
             const page = tier.page_at(number, head);
-            job.fill_half(.key, tier.key, tier.keys_of(page), run, rows);
-            job.fill_half(.value, tier.value, tier.values_of(page), run, rows);
             position += run.count;
+            const values = job.input_rows(.value, run.position, run.count, head);
+            const next_count = @min(job.end - position, format.page_tokens);
+            const next = job.input_rows(.key, position, @intCast(next_count), head);
+            job.fill_half(.key, tier.key, tier.keys_of(page), run, rows, values);
+            job.fill_half(.value, tier.value, tier.values_of(page), run, rows, next);
         }
     }
 
@@ -115,6 +118,7 @@ const Job = struct {
         base: [*]u8,
         run: Run,
         rows: []f32,
+        ahead: rows_file.Rows,
     ) void {
         const dim = half.dim_stored();
         const f = @backingInt(half.format);
@@ -140,7 +144,7 @@ const Job = struct {
         if (run.count == format.page_tokens) {
             const table = job.table;
             const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
-            encoder.?(&.{ .half = base, .rows = rows.ptr, .dim = dim });
+            encoder.?(&.{ .half = base, .rows = rows.ptr, .dim = dim, .ahead = ahead });
         } else for (0..run.count) |i| {
             encode.encode_token(half, side, base, run.slot + i, rows[i * dim ..][0..dim]);
         }
@@ -190,6 +194,19 @@ const Job = struct {
         const kept = source.kept orelse return null;
         if ((kept.end - 1) / kept.tokens_per_page != number) return null;
         return half.offsets(kept.keys_of(kept.page_at(number, head)));
+    }
+
+    /// The caller's rows of a run; none if some of its tokens come from the tail.
+    fn input_rows(
+        job: *const Job,
+        comptime side: Side,
+        position: u64,
+        count: usize,
+        head: usize,
+    ) rows_file.Rows {
+        if (count == 0 or position < job.source.first) return .none;
+        const input = if (side == .key) &job.source.keys else &job.source.values;
+        return input.rows(position - job.source.first, head, count);
     }
 
     /// Where rows go at tail precision: to a page that holds just that, or to working memory.

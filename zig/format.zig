@@ -82,8 +82,8 @@ fn Integer(comptime code_bits: comptime_int) type {
         pub const Scale = f16;
         /// Stored code minus this is the code.
         pub const offset = if (bits == 4) 8 else 0;
-        pub const code_min: f32 = if (bits == 4) -8 else -127;
-        pub const code_max: f32 = if (bits == 4) 7 else 127;
+        pub const code_min = if (bits == 4) -8 else -127;
+        pub const code_max = if (bits == 4) 7 else 127;
         /// Int8 planes of the query: one adds less error to q4 than storing did, q8 needs two.
         pub const query_planes = if (bits == 4) 1 else 2;
         /// Chunks of four dimensions whose codes one load brings.
@@ -157,11 +157,18 @@ fn Integer(comptime code_bits: comptime_int) type {
             return @select(f32, scales != zero, vec.splat(1) / scales, zero);
         }
 
-        /// Codes of 16 values, with `offset` added, in the low byte of each lane.
-        pub inline fn encode(x: vec.F, inverse_scale: vec.F) vec.U {
-            const scaled = x * inverse_scale;
-            const clamped = vec.min(vec.max(scaled, vec.splat(code_min)), vec.splat(code_max));
-            return @bitCast(clamped + vec.splat(vec.round_magic + offset));
+        /// What 16 values over their scale are rounded to.
+        pub inline fn round(x: vec.F) vec.I {
+            return vec.round_to_int(x);
+        }
+
+        /// Rounded values in bytes, of any sign and size, become codes with `offset` added.
+        pub inline fn clamp(rounded: @Vector(64, i8)) @Vector(64, u8) {
+            const least: @Vector(64, i8) = @splat(code_min);
+            const codes = @max(rounded, least);
+            if (bits == 8) return @bitCast(codes); // no byte is above code_max
+            const most: @Vector(64, i8) = @splat(code_max);
+            return @bitCast(@min(codes, most) +% @as(@Vector(64, i8), @splat(offset)));
         }
 
         pub const Place = struct { byte: usize, high: bool };

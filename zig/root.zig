@@ -48,6 +48,7 @@ test {
     _ = @import("mapping.zig");
     _ = @import("memory.zig");
     _ = @import("message.zig");
+    _ = @import("narrow.zig");
     _ = @import("pool.zig");
     _ = @import("pool_test.zig");
     _ = @import("prepare.zig");

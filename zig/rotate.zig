@@ -49,14 +49,18 @@ fn norm_of(len: usize) f32 {
     return @floatCast(1.0 / @sqrt(@as(f64, @floatFromInt(len))));
 }
 
-/// Blocks that fit the registers of the widest instruction sets.
 fn rotate_registers(comptime n: usize, x: *[n]f32) void {
+    var v: [n / vec.lanes]F = undefined;
+    inline for (&v, 0..) |*part, i| part.* = vec.load(F, x[i * vec.lanes ..].ptr);
+    rotate_vectors(n / vec.lanes, &v);
+    inline for (v, 0..) |part, i| vec.store(x[i * vec.lanes ..].ptr, part);
+}
+
+/// A block that fits the registers of the widest instruction sets.
+pub inline fn rotate_vectors(comptime count: usize, v: *[count]F) void {
     @setEvalBranchQuota(10_000); // everything below is unrolled
-    const count = n / vec.lanes;
-    var v: [count]F = undefined;
     inline for (0..count / 2) |i| {
-        const at = x[i * pair_len ..].ptr;
-        v[2 * i], v[2 * i + 1] = rotate_pair(.{ vec.load(F, at), vec.load(F, at + vec.lanes) });
+        v[2 * i], v[2 * i + 1] = rotate_pair(.{ v[2 * i], v[2 * i + 1] });
     }
     comptime var distance = 2;
     inline while (distance < count) : (distance *= 2) {
@@ -65,9 +69,7 @@ fn rotate_registers(comptime n: usize, x: *[n]f32) void {
             v[i], v[i + distance] = .{ a + b, a - b };
         };
     }
-    inline for (v, 0..) |y, i| {
-        vec.store(x[i * vec.lanes ..].ptr, y * vec.splat(comptime norm_of(n)));
-    }
+    inline for (v) |*part| part.* *= vec.splat(comptime norm_of(count * vec.lanes));
 }
 
 /// Values of two vectors.

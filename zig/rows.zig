@@ -16,17 +16,54 @@ pub const Rows = extern struct {
     count: usize,
     dim: usize,
 
+    pub const none: Rows = .{ .first = 0, .stride_bytes = 0, .dtype = 0, .count = 0, .dim = 0 };
+
     fn row(rows: *const Rows, i: usize) [*]const u8 {
         const distance = @as(isize, @intCast(i)) *% rows.stride_bytes;
         return @ptrFromInt(rows.first +% @as(usize, @bitCast(distance)));
     }
 
-    inline fn fetch(rows: *const Rows, i: usize, element_bytes: usize) void {
+    /// Asks for a row, into the first-level cache (3) or the second (2).
+    inline fn fetch(rows: *const Rows, i: usize, row_bytes: usize, comptime locality: u2) void {
         if (builtin.cpu.arch.isWasm() or i >= rows.count) return;
         const source = rows.row(i);
         var at: usize = 0;
-        while (at < rows.dim * element_bytes) : (at += std.atomic.cache_line) {
-            @prefetch(source + at, .{ .cache = .data });
+        while (at < row_bytes) : (at += std.atomic.cache_line) {
+            @prefetch(source + at, .{ .locality = locality, .cache = .data });
+        }
+    }
+
+    fn row_bytes_of(rows: *const Rows) usize {
+        return rows.dim * switch (@as(abi.Dtype, @fromBackingInt(rows.dtype))) {
+            inline else => |dtype| @as(usize, @sizeOf(Element(dtype))),
+        };
+    }
+
+    /// To be fetched in `turns` equal parts while something else is computed.
+    pub fn over(rows: *const Rows, turns: usize) Spread {
+        return .{
+            .rows = rows,
+            .row_bytes = rows.row_bytes_of(),
+            .next = 0,
+            .turns = turns,
+            .credit = 0,
+        };
+    }
+};
+
+pub const Spread = struct {
+    rows: *const Rows,
+    row_bytes: usize,
+    next: usize,
+    turns: usize,
+    credit: usize,
+
+    pub inline fn turn(spread: *Spread) void {
+        spread.credit += spread.rows.count;
+        while (spread.credit >= spread.turns) {
+            spread.rows.fetch(spread.next, spread.row_bytes, 2);
+            spread.next += 1;
+            spread.credit -= spread.turns;
         }
     }
 };
@@ -80,19 +117,18 @@ fn check_rows(comptime dtype: abi.Dtype, rows: *const Rows, limit: f32) bool {
     const size = @sizeOf(Element(dtype));
     for (0..rows.count) |r| {
         const source = rows.row(r);
-        // Comparisons are written so that NaN fails them.
-        const none: @Vector(vec.lanes, bool) = @splat(false);
-        var fine: @Vector(vec.lanes, bool) = @splat(true);
+        // As integers, magnitudes are in order, infinities above all numbers and NaN above them.
+        var highest: vec.U = @splat(0);
         var i: usize = 0;
         while (i + vec.lanes <= rows.dim) : (i += vec.lanes) {
-            const x = convert(dtype, vec.lanes, source + i * size);
-            fine = @select(bool, @abs(x) <= vec.splat(limit), fine, none);
+            const x: vec.U = @bitCast(@abs(convert(dtype, vec.lanes, source + i * size)));
+            highest = @max(highest, x);
         }
-        var rest = true;
         while (i < rows.dim) : (i += 1) {
-            rest = rest and @abs(convert(dtype, 1, source + i * size)[0]) <= limit;
+            const x: u32 = @bitCast(@abs(convert(dtype, 1, source + i * size)[0]));
+            highest = @max(highest, @as(vec.U, @splat(x)));
         }
-        if (!rest or !@reduce(.And, fine)) return false;
+        if (@reduce(.Max, highest) > @as(u32, @bitCast(limit))) return false;
     }
     return true;
 }
@@ -119,8 +155,12 @@ pub fn read(args: *const ReadArgs) void {
 fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const ReadArgs) void {
     const size = @sizeOf(Element(dtype));
     const dim = args.rows.dim;
+    if (args.rotated and args.dim_stored == dim) switch (dim) {
+        inline 64, 128 => |n| return read_rotated(dtype, tail, n / vec.lanes, args),
+        else => {},
+    };
     for (0..args.rows.count) |r| {
-        args.rows.fetch(r + rows_ahead, size);
+        args.rows.fetch(r + rows_ahead, dim * size, 3);
         const source = args.rows.row(r);
         const target = args.target[r * args.dim_stored ..][0..args.dim_stored];
         var i: usize = 0;
@@ -133,6 +173,29 @@ fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const 
         }
         @memset(target[dim..], 0);
         if (args.rotated) rotate.rotate(target);
+    }
+}
+
+/// Rows that are one block of the rotation: they stay in registers.
+fn read_rotated(
+    comptime dtype: abi.Dtype,
+    comptime tail: abi.Format,
+    comptime count: usize,
+    args: *const ReadArgs,
+) void {
+    const size = @sizeOf(Element(dtype));
+    const dim = count * vec.lanes;
+    for (0..args.rows.count) |r| {
+        args.rows.fetch(r + rows_ahead, dim * size, 3);
+        const source = args.rows.row(r);
+        const target = args.target + r * dim;
+        var v: [count]vec.F = undefined;
+        inline for (&v, 0..) |*x, i| {
+            const given = convert(dtype, vec.lanes, source + i * vec.lanes * size);
+            x.* = round(tail, vec.lanes, given);
+        }
+        rotate.rotate_vectors(count, &v);
+        inline for (v, 0..) |x, i| vec.store(target + i * vec.lanes, x);
     }
 }
 
@@ -158,7 +221,7 @@ fn store_rows(comptime T: type, comptime dtype: abi.Dtype, args: *const StoreArg
     const stored_size = @sizeOf(T.Element);
     const dim = args.rows.dim;
     for (0..args.rows.count) |r| {
-        args.rows.fetch(r + rows_ahead, size);
+        args.rows.fetch(r + rows_ahead, dim * size, 3);
         const source = args.rows.row(r);
         const target = args.target + r * args.dim_stored * stored_size;
         var i: usize = 0;

@@ -1,6 +1,6 @@
-//! The vector vocabulary: logical vectors of 16 lanes and what floating point needs. With dot.zig,
-//! its integer half, the only file that knows an instruction set by name; every branch of them
-//! returns the same bits. Used by all kernels.
+//! The vector vocabulary: logical vectors of 16 lanes and what floating point needs. With dot.zig
+//! and narrow.zig, its integer half, the only file that knows an instruction set by name; every
+//! branch of them returns the same bits. Used by all kernels.
 const std = @import("std");
 const builtin = @import("builtin");
 
