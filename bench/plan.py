@@ -1,86 +1,153 @@
-"""Which jobs there are: the cases of the command line spelled out. Called by run.py."""
+"""Which jobs there are, and which are measured side by side. Called by run.py and worker.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from contestants import width
+
 from workload import Job
 
-CASES = ("decode", "prefill", "append", "overhead", "scaling", "shapes", "wasm")
+CASES = ("decode", "linear", "prefill", "append", "overhead", "shapes", "wasm")
+OURS_ALONE = ("linear", "shapes", "wasm")  # cases that compare kvz with itself
 SMALL = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # the shape of a small model
-RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)  # of query heads to kv heads
-HEAD_DIMS = (64, 80, 96, 128, 256)
 STREAM_CALLS = 4096
+ROUNDS = 5  # in which everything that is compared takes its turn
+HEAT_BYTES = 4 << 30  # of caches that are held at the same time
+
+# A step of which every sample would cost more seconds than this is left out.
+SLOW_SECONDS = {"prefill": 2.5}
+SLOW_SECONDS_ELSE = 1.0
 
 
 @dataclass(frozen=True)
 class Size:
     """How much to measure."""
 
-    decode: tuple[int, ...] = (1024, 4096, 16384)
+    decode: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
+    linear: tuple[int, ...] = (4096, 16384, 65536, 131072)
     prefill: tuple[int, ...] = (0, 4096, 16384)
     small: tuple[int, ...] = (4096,)
     new: int = 512
     append: int = 4096
-    scaling: int = 16384
     shapes: int = 4096
+    ratios: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)  # of query heads to kv heads
+    head_dims: tuple[int, ...] = (64, 80, 96, 128, 256)
     wasm: int = 4096
     cold_bytes: int = 256 << 20
-    prefill_bytes: int = 16 << 20
-    seconds: float = 1.0
+    seconds: float = 0.75
+    linear_seconds: float = 1.5
 
 
-NORMAL = Size()
-FULL = replace(NORMAL, decode=(*NORMAL.decode, 65536, 131072), seconds=2.0)
-QUICK = Size(
+WHOLE = Size()
+QUICK = replace(
+    WHOLE,
     decode=(1024,),
+    linear=(256, 1024),
     prefill=(0,),
     small=(),
     new=64,
     append=1024,
-    scaling=1024,
     shapes=512,
+    ratios=(1, 4, 5),
+    head_dims=(80, 128),
     wasm=512,
-    cold_bytes=32 << 20,
-    prefill_bytes=0,
-    seconds=0.05,
+    cold_bytes=8 << 20,
+    seconds=0.02,
+    linear_seconds=0.02,
 )
 
-
-SIZES = {"quick": QUICK, "normal": NORMAL, "full": FULL}
-
-
-def jobs(cases: Sequence[str], kv: str, threads: int, size: Size) -> list[Job]:
-    """Return every job of one contestant at one number of threads, each once."""
-    return list(dict.fromkeys(_jobs(cases, kv, threads, size)))
+SIZES = {"quick": QUICK, "whole": WHOLE}
 
 
-def _jobs(cases: Sequence[str], kv: str, threads: int, size: Size) -> Iterator[Job]:
-    cold = {"cold_bytes": size.cold_bytes, "seconds": size.seconds}
+def jobs(cases: Sequence[str], kv: str, threads: int, fewest: bool, size: Size) -> Iterator[Job]:
+    """Yield every job of one contestant at one number of threads; `fewest`: there is no less."""
+    cold = {"cold_bytes": size.cold_bytes}
 
-    def job(case: str, past: int, **other: int) -> Job:
-        return Job(case, kv, threads, past, **{**cold, **other})
+    def job(case: str, past: int, seconds: float = size.seconds, **other: int) -> Job:
+        return Job(case, kv, threads, past, seconds=seconds, **{**cold, **other})
 
     if "decode" in cases:
         yield from (job("decode", past) for past in size.decode)
         yield from (job("decode", past, **SMALL) for past in size.small)
-    if "scaling" in cases:
-        yield job("decode", size.scaling)
+    if "linear" in cases:
+        yield from (job("linear", past, size.linear_seconds) for past in size.linear)
     if "prefill" in cases:
-        # Multiplications take the time here, not bytes: fewer caches will do.
-        few = {"new": size.new, "cold_bytes": size.prefill_bytes}
-        yield from (job("prefill", past, **few) for past in size.prefill)
-        yield from (job("prefill", past, **few, **SMALL) for past in size.small)
+        yield from (job("prefill", past, new=size.new) for past in size.prefill)
+        yield from (job("prefill", past, new=size.new, **SMALL) for past in size.small)
     if "append" in cases:
         yield job("append", size.append, new=1)
         yield job("append", size.append, new=size.new)
-        yield job("stream", STREAM_CALLS + 1, new=1, cold_bytes=0)  # one is the check's
-    if "shapes" in cases:
-        ratios = [(ratio, 128) for ratio in RATIOS] + [(4, dim) for dim in HEAD_DIMS]
-        for ratio, dim in ratios:
-            yield job("shapes", size.shapes, heads=8 * ratio, head_dim=dim)
-    if "wasm" in cases and threads == 1:
-        yield job("wasm", size.wasm)
+        yield job("stream", STREAM_CALLS, cold_bytes=0)
     if "overhead" in cases:
         yield job("overhead", 8, cold_bytes=0)
+    if "shapes" in cases and fewest:
+        pairs = [(ratio, 128) for ratio in size.ratios] + [(4, dim) for dim in size.head_dims]
+        for ratio, dim in dict.fromkeys(pairs):
+            yield job("shapes", size.shapes, size.seconds / 2, heads=8 * ratio, head_dim=dim)
+    if "wasm" in cases and threads == 1:
+        yield job("wasm", size.wasm)
+
+
+Entrant = tuple[str, Job]  # a contestant's name, and what it is to do
+
+
+def heats(entrants: Sequence[Entrant]) -> list[list[Entrant]]:
+    """Group what is compared with each other, so that it is measured in the same minutes."""
+    found: dict[tuple[object, ...], list[Entrant]] = {}
+    for name, job in entrants:
+        found.setdefault(_key(job), []).append((name, job))
+    split: list[list[Entrant]] = []
+    for heat in found.values():
+        split += [heat] if _bytes(heat) <= HEAT_BYTES else _by_threads(heat)
+    return sorted(split, key=_order)
+
+
+def _key(job: Job) -> tuple[object, ...]:
+    """Say what the jobs of a heat have in common."""
+    if job.case in OURS_ALONE:
+        # Their figures are ratios over tokens, shapes or cores, not over libraries.
+        return job.case, job.kv, job.threads
+    shape = job.case, job.past, job.new, job.heads, job.head_dim
+    return (*shape, width(job.kv)) if job.case == "decode" else shape
+
+
+def _bytes(heat: Sequence[Entrant]) -> float:
+    return sum(job.caches(width(job.kv)) * job.bytes(width(job.kv)) for _, job in heat)
+
+
+def _by_threads(heat: Sequence[Entrant]) -> list[list[Entrant]]:
+    counts = dict.fromkeys(job.threads for _, job in heat)
+    return [[one for one in heat if one[1].threads == count] for count in counts]
+
+
+def _order(heat: Sequence[Entrant]) -> tuple[int, ...]:
+    job = heat[0][1]
+    case = ("append" if job.case == "stream" else job.case,)
+    return CASES.index(*case), -job.head_dim, job.past, job.new, width(job.kv), job.threads
+
+
+def weight(job: Job) -> float:
+    """Return roughly how long a job takes against others, for the time that is left."""
+    values = job.tokens * job.kv_heads * job.head_dim * 2
+    steps = job.flops / 50e9 if job.case == "prefill" else values / 5e8
+    return 1.2 * job.seconds + 0.4 + values / 1.5e8 + 6 * steps
+
+
+def too_slow(job: Job, seconds: float) -> bool:
+    """Whether a step of so many seconds is left out."""
+    return seconds > SLOW_SECONDS.get(job.case, SLOW_SECONDS_ELSE)
+
+
+def expected_seconds(job: Job, results: Sequence[tuple[Job, float]]) -> float | None:
+    """Return what a step should take, from steps of the same kind at fewer tokens."""
+    alike = [
+        (one.past, seconds)
+        for one, seconds in results
+        if one.past < job.past and replace(one, past=job.past) == job
+    ]
+    if not alike or job.case not in ("decode", "prefill"):
+        return None
+    past, seconds = max(alike)
+    return seconds * job.flops / replace(job, past=past).flops

@@ -75,7 +75,8 @@ def time_by_tokens(lines: list[Line], title: str, folder: Path) -> Path:
 def share_by_tokens(lines: list[Line], title: str, bandwidth: float, folder: Path) -> Path:
     figure, axes = new(title, "tokens in the cache", "% of the measured read bandwidth")
     for name, kv, found in lines:
-        shares = [100 * one["bytes"] / one["median"] / 1e9 / bandwidth for one in found]
+        rates = [one["bytes"] / one["median"] / 1e9 / one.get("read", bandwidth) for one in found]
+        shares = [100 * rate for rate in rates]
         axes.plot([one["job"]["past"] for one in found], shares, **look(name, kv))
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)

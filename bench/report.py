@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import plots
+import targets
 from contestants import VARIANTS, width
+from heat import describe
 from limits import limit
+
+from workload import Job
 
 Run = dict[str, Any]
 Result = dict[str, Any]
@@ -28,7 +32,8 @@ none is found in the CPU's own caches. `of read`: stored bytes over time, as a s
 read bandwidth. `ratio`: the time of the fastest other library of the same width over the row's own
 time, so that more than 1 is faster; for WebAssembly, the time of the native kernels for 128-bit
 vectors over its own. `of a copy`: the time over that of copying the float32 input to memory that is
-in no cache, on one thread. onnxruntime and openvino append the step's tokens, too.
+in no cache, on one thread. onnxruntime and openvino append the step's tokens, too. What is compared
+took turns within the same minutes, and the read bandwidth of a decode was measured among them.
 """
 
 TITLES = {
@@ -55,20 +60,25 @@ def write(run: Run, folder: Path) -> None:
 
 
 def markdown(run: Run) -> str:
-    parts = [heading(run), HOW] if run["size"] != "quick" else [heading(run)]
+    quick = run["size"] == "quick"
+    parts = [heading(run)] if quick else [heading(run), targets.table(run), HOW]
     listed = [one for one in run["results"] if one["job"]["case"] in TITLES]
     keys = dict.fromkeys(tuple(one["job"][name] for name in KEY) for one in listed)
     order = list(TITLES)
     for key in sorted(keys, key=lambda k: (order.index(k[0]), -k[1], *k[4:])):
         mine = [x for x in run["results"] if tuple(x["job"][name] for name in KEY) == key]
         parts.append(section(run, mine))
-    shapes = [one for one in run["results"] if one["job"]["case"] == "shapes"]
+    linear = targets.of_case(run["results"], "linear")
+    if linear:
+        parts.append(linear_table(linear))
+    shapes = targets.of_case(run["results"], "shapes")
     if shapes:
         parts.append(shape_table(shapes))
     parts += [f"- {name}: skipped: {why}" for name, why in run["skipped"].items()]
-    for one in run["failed"]:
-        job = one["job"]
-        parts.append(f"- {one['name']} {job['kv']} {job['case']} {job['past']}: {one['failed']}")
+    for kind in ("failed", "left_out"):
+        for one in run[kind]:
+            what = describe(one["name"], Job(**one["job"]))
+            parts.append(f"- {what}: {kind.replace('_', ' ')}: {one['why']}")
     return "\n".join(parts) + "\n"
 
 
@@ -79,6 +89,9 @@ def heading(run: Run) -> str:
     for one in run["limits"]:
         unit = "GB/s" if one["what"] == "read" else "1e9 operations/s"
         lines.append(f"- {one['what']}, {one['threads']} threads: {one['per_second']:.1f} {unit}")
+    if "minutes" in run:
+        count = len(run["results"])
+        lines += ["", f"{count} measurements in {run['minutes']:.0f} minutes."]
     if run["size"] == "quick":
         lines += ["", "**A quick run: it shows that everything works, not how fast it is.**"]
     return "\n".join(lines) + "\n"
@@ -112,6 +125,22 @@ def section(run: Run, results: Sequence[Result]) -> str:
         if len(counts) > 1:
             cells.append(scaling(found, counts))
         lines.append(row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def linear_table(results: Sequence[Result]) -> str:
+    """Show the time per token against that at the fewest tokens: the median, the quartile."""
+    kvs = list(dict.fromkeys(one["job"]["kv"] for one in results))
+    found: dict[str, dict[str, str]] = {}
+    for kv in kvs:
+        mine = [one for one in results if one["job"]["kv"] == kv]
+        for (threads, tokens), median, quartile in targets.linearity(mine):
+            where = f"{tokens} tokens, {threads} thread{'s' * (threads > 1)}"
+            found.setdefault(where, {})[kv] = f"{median:.2f} / {quartile:.2f}"
+    fewest = min(one["job"]["past"] for one in results)
+    lines = [f"## Time per token against {fewest} tokens: medians / lower quartiles", ""]
+    lines += [row(["kvz", *kvs]), row(["---"] * (1 + len(kvs)))]
+    lines += [row([where, *(cells.get(kv, "") for kv in kvs)]) for where, cells in found.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -178,13 +207,14 @@ def measured(run: Run, one: Result | None, results: Sequence[Result]) -> Iterato
         yield f"{noisy}{middle} ({low} to {high})"
     if case == "decode":
         rate = one["bytes"] / time / 1e9
-        yield from share(rate, limit(run["limits"], "read", job["threads"]))
+        most = one.get("read") or limit(run["limits"], "read", job["threads"])
+        yield from share(rate, most)
     elif case == "prefill":
         rate = flops(job) / time / 1e9
         yield from share(rate, limit(run["limits"], "f32_multiply_add", job["threads"]))
     elif case == "append":
         yield f"{job['new'] / time:,.0f}"
-        yield f"{time / one['copy']:.2f}"
+        yield f"{time / one['copy']:.2f}" if "copy" in one else ""
     best = fastest_peer(one, results)
     yield f"{best / time:.2f}" if best else ""
 
@@ -194,8 +224,6 @@ def share(rate: float, most: float | None) -> tuple[str, str]:
 
 
 def flops(job: dict[str, Any]) -> int:
-    from workload import Job
-
     return Job(**job).flops
 
 

@@ -1,7 +1,7 @@
 """Compare kvz with what else attends to a KV cache on a CPU.
 
 Run as `python bench/run.py`, with whichever of the other libraries are installed; `--quick` takes
-less than two minutes and shows that everything runs, not how fast it is.
+a minute and shows that everything runs, not how fast it is.
 """
 
 from __future__ import annotations
@@ -10,77 +10,57 @@ import argparse
 import json
 import os
 import platform
-import subprocess
+import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import heat
 import limits
 import report
 from contestants import NAMES, VARIANTS
-from plan import CASES
+from crew import Worker
+from plan import CASES, Entrant, heats, weight
+from progress import Progress, progress
 
-HERE = Path(__file__).parent
+import data
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.json or options.out / "results.json"
-    run: dict[str, Any] = {"machine": machine(), "size": options.size, "results": []}
-    run |= {"versions": {}, "skipped": {}, "failed": []}
+    began = time.perf_counter()
     with progress() as say:
+        going_on = options.resume and results.exists()
+        run = resumed(results, options) if going_on else fresh(options)
+        measure_limits(run, options, say)
+        crew = gather(options, run, say)
         try:
-            say("measuring the machine")
-            quick = options.size == "quick"
-            run["limits"] = limits.measure(options.threads, options.out, quick=quick)
-        except (limits.NoLimitsError, OSError) as error:
-            run["limits"] = []
-            say(f"limits: skipped: {error}", keep=True)
-        entrants = survey(options, run, say)
-        say.begin(sum(count for _, _, count in entrants))
-        for name, threads, _ in entrants:
-            contest(name, threads, options, run, say)
-            results.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
+            contest(crew, options, run, results, say)
+        finally:
+            for worker in crew.values():
+                worker.close()
+            shutil.rmtree(options.out / "data", ignore_errors=True)
+    run["minutes"] = round(run.get("minutes", 0) + (time.perf_counter() - began) / 60, 1)
+    save(run, results)
     report.write(run, options.out)
     ours = ("kvz", *VARIANTS)
     if "kvz" in run["skipped"] or any(one["name"] in ours for one in run["failed"]):
         sys.exit("kvz itself did not run, or was wrong")
 
 
-def survey(
-    options: argparse.Namespace, run: dict[str, Any], say: Progress
-) -> list[tuple[str, int, int]]:
-    """Ask every library whether it is there, and how many jobs it has at each number of threads."""
-    entrants = []
-    for name in dict.fromkeys(("kvz", *VARIANTS, *options.peers)):
-        for threads in options.threads:
-            say(f"asking {name}")
-            task = {"name": name, "threads": threads, "count": True}
-            task |= {"cases": options.cases, "size": options.size}
-            for line in talk(task, 600):  # some compile something first
-                if "skipped" in line:
-                    run["skipped"][name] = line["skipped"]
-                elif line["jobs"]:
-                    run["versions"].update(line["versions"])
-                    entrants.append((name, threads, line["jobs"]))
-            if name in run["skipped"]:
-                say(f"{name}: skipped: {run['skipped'][name]}", keep=True)
-                break
-    return entrants
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    size = parser.add_mutually_exclusive_group()
-    for name, about in (("quick", "little of everything"), ("full", "up to 131072 tokens")):
-        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=about)
-    parser.set_defaults(size="normal")
+    quick = {"dest": "size", "action": "store_const", "const": "quick", "default": "whole"}
+    parser.add_argument("--quick", help="little of everything", **quick)
+    parser.add_argument("--resume", action="store_true", help="go on with what the folder has")
     parser.add_argument("--threads", nargs="+", type=int, help="by default 1 and 2")
     peers = [name for name in NAMES if name != "kvz"]
     parser.add_argument("--peers", nargs="*", choices=peers, default=peers, metavar="NAME")
@@ -90,6 +70,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.threads = options.threads or [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
     return options
+
+
+def fresh(options: argparse.Namespace) -> dict[str, Any]:
+    empty: dict[str, Any] = {"results": [], "left_out": [], "failed": []}
+    return {"machine": machine(), "size": options.size, "limits": [], **empty}
+
+
+def resumed(results: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what an earlier run left, if it was one of the same size on the same machine."""
+    run: dict[str, Any] = json.loads(results.read_text("utf-8"))
+    here = {**machine(), "date": run["machine"]["date"]}
+    if (run["machine"], run["size"]) != (here, options.size):
+        raise SystemExit(f"{results}: of another machine or size; run without --resume")
+    return run
 
 
 def machine() -> dict[str, Any]:
@@ -103,125 +97,74 @@ def machine() -> dict[str, Any]:
     }
 
 
-def contest(
-    name: str, threads: int, options: argparse.Namespace, run: dict[str, Any], say: Progress
-) -> None:
-    """Do all jobs of one contestant, in a new process after each crash."""
-    task = {"name": name, "threads": threads, "cases": options.cases, "size": options.size}
-    done = 0
-    while True:
-        unfinished = None
-        for line in talk({**task, "done": done}, 60 if options.size == "quick" else 600):
-            if "starts" in line:
-                unfinished = line["starts"]
-                say(describe(name, unfinished))
-            if "job" in line:
-                unfinished, done = None, done + 1
-                add(name, line, run, say)
-        if unfinished is None:
-            return
-        add(name, {"job": unfinished, "failed": "the process died or hung"}, run, say)
-        done += 1
-
-
-def add(name: str, line: dict[str, Any], run: dict[str, Any], say: Progress) -> None:
-    say.advance()
-    run["failed" if "failed" in line else "results"].append({"name": name, **line})
-    if "failed" in line:
-        say(f"{describe(name, line['job'])}: failed: {line['failed']}", keep=True)
-
-
-def describe(name: str, job: dict[str, Any]) -> str:
-    new = f", {job['new']} new" if job["new"] > 1 else ""
-    return (
-        f"{name} {job['kv']}: {job['case']}, {job['past']} tokens{new}, "
-        f"heads of {job['head_dim']}, {job['threads']} threads"
-    )
-
-
-def talk(task: dict[str, Any], patience: float) -> Iterator[dict[str, Any]]:
-    """Start a worker and yield what it says; end it if it says nothing for `patience` seconds."""
-    command = [sys.executable, str(HERE / "worker.py")]
-    pipe = subprocess.PIPE
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        json.dump(task, child.stdin)
-        child.stdin.close()
-        while True:
-            watchdog = threading.Timer(patience, child.kill)
-            watchdog.start()
-            line = child.stdout.readline()
-            watchdog.cancel()
-            if not line:
-                return
-            yield json.loads(line)
-
-
-class Progress:
-    """Says in plain lines what is being done, with the count of jobs and the time left."""
-
-    def __init__(self) -> None:
-        self._done, self._total, self._began = 0, 0, 0.0
-
-    def begin(self, total: int) -> None:
-        """Start to count to `total` jobs."""
-        self._total, self._began = total, time.perf_counter()
-
-    def advance(self) -> None:
-        self._done += 1
-
-    def __call__(self, text: str, keep: bool = False) -> None:
-        """Say what is being done; `keep` marks what is to stay in sight."""
-        print(text if keep else f"{self._where()}{text}", file=sys.stderr, flush=True)
-
-    def _where(self) -> str:
-        if not self._total:
-            return ""
-        left = ""
-        if self._done:
-            each = (time.perf_counter() - self._began) / self._done
-            left = f", {each * (self._total - self._done) / 60:.0f} min left"
-        return f"[{self._done + 1}/{self._total}{left}] "
-
-
-class Bar(Progress):
-    """The same on a terminal: a bar in the last line."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._task = bar.add_task("", total=None)
-
-    def begin(self, total: int) -> None:
-        self._bar.reset(self._task, total=total)
-
-    def advance(self) -> None:
-        self._bar.advance(self._task)
-
-    def __call__(self, text: str, keep: bool = False) -> None:
-        if keep:
-            self._bar.console.print(text, markup=False)
-        else:
-            self._bar.update(self._task, description=text)
-
-
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """Show a bar where there are a terminal and rich, else lines."""
+def measure_limits(run: dict[str, Any], options: argparse.Namespace, say: Progress) -> None:
+    say("measuring the machine")
     try:
-        from rich import progress as rich
-        from rich.console import Console
-    except ImportError:
-        yield Progress()
-        return
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield Progress()
-        return
-    columns = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
-    with rich.Progress(*columns, rich.TextColumn("{task.description}"), console=console) as bar:
-        yield Bar(bar)
+        quick = options.size == "quick"
+        found = limits.measure(options.threads, options.out, quick=quick)
+    except (limits.NoLimitsError, OSError) as error:
+        say(f"limits: skipped: {error}", keep=True)
+    else:
+        run["limits"] = run["limits"] or found
+
+
+def gather(options: argparse.Namespace, run: dict[str, Any], say: Progress) -> heat.Crew:
+    """Start every library that is there, once at each number of threads."""
+    run |= {"versions": {}, "skipped": {}}
+    crew = {}
+    asked = {"cases": options.cases, "size": options.size}
+    asked |= {"data": str((options.out / "data").resolve())}
+    patience = 60 if options.size == "quick" else 300
+
+    def start(name: str, threads: int) -> Worker:
+        fewest = threads == min(options.threads)
+        task = {"name": name, "threads": threads, "fewest": fewest, **asked}
+        return Worker(task, patience)
+
+    for name in dict.fromkeys(("kvz", *VARIANTS, *options.peers)):
+        say(f"starting {name}")
+        with ThreadPoolExecutor() as pool:
+            workers = list(pool.map(partial(start, name), options.threads))
+        why = next((one.skipped for one in workers if one.skipped), None)
+        if why:
+            run["skipped"][name] = why
+            say(f"{name}: skipped: {why}", keep=True)
+        for threads, worker in zip(options.threads, workers, strict=True):
+            if worker.jobs:
+                run["versions"].update(worker.versions)
+                crew[name, threads] = worker
+    return crew
+
+
+def contest(
+    crew: heat.Crew,
+    options: argparse.Namespace,
+    run: dict[str, Any],
+    results: Path,
+    say: Progress,
+) -> None:
+    """Hold all heats, and save the results after each."""
+    entrants = [(name, job) for (name, _), worker in crew.items() for job in worker.jobs]
+    done = [one for kind in ("results", "left_out", "failed") for one in run[kind]]
+    ended = {entry_key(one["name"], one["job"]) for one in done}
+    wanted: list[Entrant] = [x for x in entrants if entry_key(x[0], x[1].to_dict()) not in ended]
+    say("making data")
+    data.make((job for _, job in wanted), options.out / "data")
+    say.begin(len(wanted), sum(weight(job) for _, job in wanted))
+    for group in heats(wanted):
+        heat.Heat(group, crew, run, options.out, say).hold()
+        save(run, results)
+
+
+def entry_key(name: str, job: dict[str, Any]) -> str:
+    return json.dumps([name, job], sort_keys=True)
+
+
+def save(run: dict[str, Any], results: Path) -> None:
+    """Write the file anew beside the old one, so that one of them is always whole."""
+    draft = results.with_suffix(".new")
+    draft.write_text(json.dumps(run, indent=1) + "\n", "utf-8")
+    draft.replace(results)
 
 
 if __name__ == "__main__":

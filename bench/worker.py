@@ -1,9 +1,12 @@
-"""One contestant at one number of threads, in a process of its own. Started by run.py.
+"""One contestant at one number of threads, in a process of its own. Started by crew.py.
 
-Reads one JSON object with `name`, `threads`, `cases`, `size` and `done`, the number of jobs to pass
-over because an earlier process did them; `count` asks for nothing but the number of jobs. Prints a
-line of JSON before and after each job, so that a library that takes the process down loses only the
-job it died on.
+Reads one JSON object with `name`, `threads`, `fewest` (no job has fewer threads), `cases`, `size`
+and `data` (a folder), and answers with `versions` and `jobs`. Then it answers one order at a time:
+
+- `build`: make what a job needs, do the step once, check the answer; keep it under a number
+- `time`: time the step of what is kept under a number
+- `copy`: time the copying of its float32 input
+- `drop`: keep nothing
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def main() -> None:
-    task = json.load(sys.stdin)
+    task = json.loads(sys.stdin.readline())
     threads = task["threads"]
     os.environ.update(dict.fromkeys(THREADS, str(threads)))  # read when the libraries are loaded
     if hasattr(os, "sched_setaffinity"):
@@ -35,21 +40,17 @@ def main() -> None:
         from contestants import MODULES
 
         module = importlib.import_module(MODULES[task["name"]])
+        getattr(module, "compile_now", lambda: None)()
     except (ImportError, OSError, AttributeError) as error:
         say(skipped=f"{type(error).__name__}: {first_line(error)}")
         return
-    if task.get("count"):
-        getattr(module, "compile_now", lambda: None)()
-        say(versions=module.versions(), jobs=len(planned(module, task)))
-        os._exit(0)
-    for given in planned(module, task)[task["done"] :]:
-        say(starts=given)
+    say(versions=module.versions(), jobs=planned(module, task))
+    worker = Worker(module, Path(task["data"]))
+    for line in sys.stdin:
         try:
-            say(**run(module, given))
+            say(**worker.obey(json.loads(line)))
         except Exception as error:  # whatever a library raises costs its own result, nothing else
-            say(job=given, failed=f"{type(error).__name__}: {first_line(error)}")
-        gc.collect()
-    lines.flush()
+            say(failed=f"{type(error).__name__}: {first_line(error)}")
     os._exit(0)  # some libraries crash while they are taken down
 
 
@@ -57,8 +58,8 @@ def planned(module: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the jobs that this contestant can do."""
     from plan import SIZES, jobs
 
-    size = SIZES[task["size"]]
-    every = (job for kv in module.KVS for job in jobs(task["cases"], kv, task["threads"], size))
+    size, fixed = SIZES[task["size"]], (task["threads"], task["fewest"])
+    every = (job for kv in module.KVS for job in jobs(task["cases"], kv, *fixed, size))
     return [job.to_dict() for job in every if job.case in module.CASES]
 
 
@@ -66,30 +67,58 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
-def run(module: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Check the contestant's answer, then time it."""
-    from plan import STREAM_CALLS
+class Worker:
+    """What a contestant has built, by number."""
 
-    from workload import Job, check, make_data, measure, measure_copy, measure_stream
+    def __init__(self, module: Any, folder: Path) -> None:
+        self._module, self._folder = module, folder
+        self._built: dict[int, tuple[Any, Any]] = {}
 
-    job = Job(**given)
-    data, bits = make_data(job), module.KVS[job.kv]
-    one = module.Entry(job, data)
-    errors = check(job, one, data, module.TOLERANCE[job.kv], bits)
-    if job.case == "stream":
-        timing = measure_stream(one, STREAM_CALLS)
-    else:
-        timing = measure(one, job.seconds)
-    copy = {"copy": measure_copy(job, data)} if job.case == "append" else {}
-    return {
-        "job": given,
-        **copy,
-        "caches": one.caches,
-        "bytes": one.bytes,
-        "bits": one.bytes * 8 / (job.tokens * job.kv_heads * job.head_dim * 2),
-        **errors,
-        **asdict(timing),
-    }
+    def obey(self, order: dict[str, Any]) -> dict[str, Any]:
+        if order["do"] == "build":
+            return self._build(order["number"], order["job"])
+        if order["do"] == "time":
+            return self._time(*self._built[order["number"]])
+        if order["do"] == "copy":
+            return self._copy(*self._built[order["number"]])
+        self._built.clear()
+        gc.collect()
+        return {}
+
+    def _build(self, number: int, given: dict[str, Any]) -> dict[str, Any]:
+        import data
+        from workload import Job, check
+
+        job, module = Job(**given), self._module
+        rows, bits = data.load(job, self._folder), module.KVS[job.kv]
+        one = module.Entry(job, rows)
+        one.prepare()
+        start = time.perf_counter()
+        one.run()
+        first = (time.perf_counter() - start) / one.caches
+        right = None if job.appends else data.right_answer(job, rows, self._folder)
+        errors = check(job, one, rows, right, module.TOLERANCE[job.kv], bits)
+        self._built[number] = job, one
+        facts = {"caches": one.caches, "bytes": one.bytes, "first": first}
+        return {**facts, "bits": one.bytes / job.bytes(1), **errors}
+
+    def _time(self, job: Any, one: Any) -> dict[str, Any]:
+        from plan import ROUNDS, STREAM_CALLS
+
+        import data
+        from workload import measure, measure_stream
+
+        if job.case == "stream":
+            return asdict(measure_stream(one, STREAM_CALLS))
+        cold = one.caches * one.bytes > 0.9 * job.cold_bytes
+        between = (lambda: None) if cold or job.appends else data.reader(self._folder)
+        return asdict(measure(one, job.seconds / ROUNDS, between))
+
+    def _copy(self, job: Any, _one: Any) -> dict[str, Any]:
+        import data
+        from workload import measure_copy
+
+        return {"copy": measure_copy(job, data.load(job, self._folder))}
 
 
 if __name__ == "__main__":

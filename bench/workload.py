@@ -1,4 +1,4 @@
-"""The work every contestant does: shapes, data, the float64 answer, and the clock.
+"""The work every contestant does: shapes, the float64 answer, and the clock.
 
 Called by plan.py, worker.py and the contestants.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 ROWS_CHECKED = 8  # queries of a prefill that are compared with float64
+CHUNK = 512  # tokens
 
 
 class WrongResultError(Exception):
@@ -30,9 +30,9 @@ class Job:
 
     Attributes
     ----------
-    case : {"decode", "prefill", "append", "stream", "overhead", "shapes", "wasm"}
-        "stream" is "append" with the time of every single call; the last two are a "decode" of
-        other shapes, and of the WebAssembly core.
+    case : {"decode", "linear", "prefill", "append", "stream", "overhead", "shapes", "wasm"}
+        "stream" is "append" with the time of every single call; "linear", "shapes" and "wasm" are
+        a "decode", compared over tokens, over shapes, and of the WebAssembly core.
     past, new : int
         Tokens in the cache before the step, and tokens that the step brings. A decode and a call
         on a tiny cache attend with one query to `past` tokens.
@@ -78,10 +78,19 @@ class Job:
         pairs = pairs if self.case == "prefill" else self.past
         return pairs * self.heads * self.head_dim * 4
 
-    def caches(self, bits: float, most: int = 512) -> int:
-        """How many caches to rotate over, at `bits` per stored value."""
-        one = self.tokens * self.kv_heads * self.head_dim * 2 * bits / 8
-        return int(min(most, max(1, -(-self.cold_bytes // one))))
+    def bytes(self, bits: float) -> float:
+        """What one cache takes, at `bits` per stored value."""
+        return self.tokens * self.kv_heads * self.head_dim * 2 * bits / 8
+
+    def caches(self, bits: float, share: float = 1) -> int:
+        """How many caches to rotate over, at `bits` per stored value.
+
+        With slow libraries, a `share` of the memory will do: before their steps, and before a
+        prefill, which is slow with any library, other memory is read instead.
+        """
+        if self.case == "prefill":
+            return 1
+        return int(min(512, max(1, -(-self.cold_bytes * share // self.bytes(bits)))))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,64 +128,52 @@ class Data:
     values: Floats
 
 
-@lru_cache(maxsize=1)
-def _data(tokens: int, queries: int, heads: int, kv_heads: int, dim: int) -> Data:
-    random = np.random.default_rng(20260101)
-    query = random.standard_normal((queries, heads, dim), dtype=np.float32)
-    keys = random.standard_normal((tokens, kv_heads, dim), dtype=np.float32)
-    values = random.standard_normal((tokens, kv_heads, dim), dtype=np.float32)
-    for head in range(kv_heads):
-        channels = random.choice(dim, 4, replace=False)
-        offset = random.uniform(8, 16, 4) * random.choice([-1.0, 1.0], 4)
-        keys[:, head, channels] = keys[:, head, channels] * 3 + offset.astype(np.float32)
-    values *= np.exp(0.7 * random.standard_normal((1, kv_heads, dim))).astype(np.float32)
-    values[random.random(tokens) < 0.01] *= 4
-    return Data(query, keys, values)
-
-
-def make_data(job: Job) -> Data:
-    """Return data as models have them: a few key channels with large offsets, and loud tokens."""
-    tokens = max(job.tokens, job.new) if job.appends else job.tokens
-    return _data(tokens, job.queries, job.heads, job.kv_heads, job.head_dim)
-
-
 def heads_first(rows: Floats) -> Floats:
     """Turn (tokens, heads, dim) into contiguous (heads, tokens, dim)."""
     return np.ascontiguousarray(rows.transpose(1, 0, 2))
 
 
-def relative_error(job: Job, query: Floats, keys: Floats, values: Floats, got: Floats) -> float:
-    """Compare with causal attention in float64: the norm of the difference over the norm."""
-    count, group = job.queries, job.heads // job.kv_heads
-    rows = sorted({round(i) for i in np.linspace(0, count - 1, min(count, ROWS_CHECKED))})
-    difference = total = 0.0
-    for head in range(job.kv_heads):
-        k, v = keys[:, head].astype(np.float64), values[:, head].astype(np.float64)
-        mine = slice(head * group, (head + 1) * group)
-        for row in rows:
-            visible = job.tokens - count + row + 1
-            logits = query[row, mine].astype(np.float64) @ k[:visible].T * job.scale
-            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-            right = weights @ v[:visible] / weights.sum(axis=1, keepdims=True)
-            difference += float(((got[row, mine] - right) ** 2).sum())
-            total += float((right**2).sum())
-    return (difference / total) ** 0.5
+def rows_checked(job: Job) -> list[int]:
+    count = job.queries
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, ROWS_CHECKED))})
 
 
-def check(job: Job, one: Contestant, data: Data, tolerance: float, bits: float) -> dict[str, float]:
-    """Refuse a contestant whose answer is wrong.
+def attend_exactly(job: Job, data: Data) -> NDArray[np.float64]:
+    """Return causal attention in float64, of the rows that are checked."""
+    rows, wide = rows_checked(job), np.float64
+    shape = len(rows), job.kv_heads, job.heads // job.kv_heads, job.head_dim
+    query = data.query[rows].reshape(shape).transpose(1, 0, 2, 3).astype(wide) * job.scale
+    logits = np.empty((*query.shape[:3], job.tokens))
+    parts = [slice(i, i + CHUNK) for i in range(0, job.tokens, CHUNK)]  # that stay in cache
+    for part in parts:
+        keys = data.keys[: job.tokens][part].astype(wide).transpose(1, 2, 0)
+        logits[..., part] = query @ keys[:, None]
+    for i, row in enumerate(rows):
+        logits[:, i, :, job.tokens - job.queries + row + 1 :] = -np.inf
+    logits -= logits.max(axis=-1, keepdims=True)
+    weights = np.exp(logits, out=logits)
+    right = np.zeros_like(query)
+    for part in parts:
+        values = data.values[: job.tokens][part].astype(wide).transpose(1, 0, 2)
+        right += weights[..., part] @ values[:, None]
+    right /= weights.sum(axis=-1, keepdims=True)
+    return right.transpose(1, 0, 2, 3).reshape(len(rows), job.heads, job.head_dim)
 
-    Its answer is compared with float64 attention over the data, which must be explained by storing
-    them at `bits`, and over what it stores, where that can be read, within `tolerance`. Of an
-    append, the stored values are compared.
+
+def check(
+    job: Job, one: Contestant, data: Data, right: NDArray[Any] | None, tolerance: float, bits: float
+) -> dict[str, float]:
+    """Refuse a contestant whose answer, after its first `run`, is wrong.
+
+    The answer is compared with `right`, float64 attention over the data, from which it may be as
+    far as storing at `bits` explains, and with float64 attention over what is stored, where that
+    can be read, within `tolerance`. Of an append, the stored values are compared.
 
     Raises
     ------
     WrongResultError
         An error is out of bounds.
     """
-    one.prepare()
-    one.run()
     held = one.stored()
     storage = 0.01 if bits >= 16 else 0.08 if bits >= 8 else 0.6
     if job.appends:
@@ -186,15 +183,19 @@ def check(job: Job, one: Contestant, data: Data, tolerance: float, bits: float) 
         error = max(_distance(a[: job.new], b[: job.new]) for a, b in pairs)
         return {"error_data": _bounded("storage error", error, storage)}
     got = np.asarray(one.output(), np.float32).reshape(job.queries, job.heads, job.head_dim)
-    error = relative_error(job, data.query, data.keys, data.values, got)
+    got = got[rows_checked(job)]
+    assert right is not None
+    error = _distance(got, right)
     errors = {"error_data": _bounded("error", error, max(storage, 2 * tolerance))}
     if held is not None:
-        error = relative_error(job, data.query, *held, got)
-        errors["error"] = _bounded("computing error", error, tolerance)
+        pairs = list(zip(held, (data.keys, data.values), strict=True))
+        same = all(np.array_equal(a[:1], b[:1]) and np.array_equal(a, b) for a, b in pairs)
+        right = right if same else attend_exactly(job, Data(data.query, *held))
+        errors["error"] = _bounded("computing error", _distance(got, right), tolerance)
     return errors
 
 
-def _distance(got: Floats, right: Floats) -> float:
+def _distance(got: Floats, right: NDArray[Any]) -> float:
     return float(np.linalg.norm(got - right) / np.linalg.norm(right))
 
 
@@ -206,37 +207,30 @@ def _bounded(what: str, error: float, bound: float) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step on one cache; `busy` is how many cores others used meanwhile."""
+    """Seconds of steps on one cache; `busy` is how many cores others used meanwhile."""
 
-    median: float
-    p10: float
-    p90: float
-    p99: float
-    max: float
-    samples: int
+    samples: list[float]
     busy: float
 
 
-def measure(one: Contestant, seconds: float, least: int = 5) -> Timing:
-    """Time `run` until there are enough samples, again if others used the machine much."""
-    timings = []
-    for _ in range(1 if seconds < 0.5 else 2):
-        watch = Watch()
-        samples = list(_samples(one, seconds, least))
-        timings.append(summarize([s / one.caches for s in samples], watch.others()))
-        if timings[-1].busy < 0.15:
-            break
-    return min(timings, key=lambda timing: timing.busy)
+def measure(one: Contestant, seconds: float, between: Callable[[], None]) -> Timing:
+    """Time `run` for so many seconds, at least once; call `between` before each time."""
+    watch = Watch()
+    samples = [sample / one.caches for sample in _samples(one, seconds, between)]
+    return Timing(samples, watch.others())
 
 
-def _samples(one: Contestant, seconds: float, least: int) -> Iterator[float]:
-    end, last, count = time.perf_counter() + seconds, time.perf_counter() + 6 * seconds, 0
-    while time.perf_counter() < end or (count < least and time.perf_counter() < last):
+def _samples(one: Contestant, seconds: float, between: Callable[[], None]) -> Iterator[float]:
+    end = time.perf_counter() + seconds
+    while True:
         one.prepare()
+        between()
         start = time.perf_counter()
         one.run()
-        yield time.perf_counter() - start
-        count += 1
+        stop = time.perf_counter()
+        yield stop - start
+        if stop >= end:
+            return
 
 
 def measure_copy(job: Job, data: Data) -> float:
@@ -255,20 +249,15 @@ def measure_copy(job: Job, data: Data) -> float:
 
 
 def measure_stream(one: Contestant, calls: int) -> Timing:
-    """Time each of `calls` calls of `run`, without anything between them."""
-    watch, run, clock = Watch(), one.run, time.perf_counter
-    one.prepare()
+    """Time each of `calls` calls of `run`."""
+    watch, run, prepare, clock = Watch(), one.run, one.prepare, time.perf_counter
     times = [0.0] * calls
     for i in range(calls):
+        prepare()
         start = clock()
         run()
         times[i] = clock() - start
-    return summarize(times, watch.others())
-
-
-def summarize(samples: Sequence[float], busy: float) -> Timing:
-    p10, median, p90, p99 = np.percentile(samples, (10, 50, 90, 99)).tolist()
-    return Timing(median, p10, p90, p99, max(samples), len(samples), round(busy, 2))
+    return Timing(times, watch.others())
 
 
 class Watch:
@@ -279,7 +268,8 @@ class Watch:
 
     def others(self) -> float:
         wall, all_of_them, own = (b - a for a, b in zip(self._start, self._now(), strict=True))
-        return max(0.0, (all_of_them - own) / wall) if all_of_them and wall > 0.2 else 0.0
+        known = all_of_them and wall > 0.1  # the system counts in hundredths of a second
+        return round(max(0.0, (all_of_them - own) / wall), 2) if known else 0.0
 
     @staticmethod
     def _now() -> tuple[float, float, float]:

@@ -31,7 +31,7 @@ def versions() -> dict[str, Any]:
 class Entry:
     def __init__(self, job: Job, data: Data) -> None:
         self.job, self._type = job, TYPES[job.kv]
-        self.caches = job.caches(KVS[job.kv])
+        self.caches = job.caches(KVS[job.kv], 1 if job.appends else 1 / 8)
         self._wide = job.kv_heads * job.head_dim
         self._row = ggml.row_size(self._type, self._wide)
         self.bytes: float = 2 * job.tokens * self._row
@@ -46,6 +46,9 @@ class Entry:
         self._plan = ggml.graph_plan(self._graph, job.threads, None)
         self._work = np.zeros(self._plan.work_size + 64, np.uint8)
         self._plan.work_data = self._work.ctypes.data
+
+    def __del__(self) -> None:
+        ggml.free(self._context)
 
     def _memory(self) -> int:
         job = self.job

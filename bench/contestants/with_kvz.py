@@ -8,14 +8,15 @@ import kvz
 from workload import Data, Floats, Job
 
 KVS = {"f16": 16.0, "q8": 8.5, "q4": 4.5, "q8+q4": 6.5}
-CASES = ("decode", "prefill", "append", "stream", "overhead", "shapes")
+CASES = ("decode", "prefill", "append", "stream", "overhead", "linear", "shapes")
 TOLERANCE = {"f16": 1e-4, "q8": 2e-3, "q4": 3e-2, "q8+q4": 3e-2}
 TAIL = 64
 
 
-def versions() -> dict[str, Any]:
+def versions(name: str = "kvz") -> dict[str, Any]:
     info = kvz.info()
-    return {"kvz": info.version, "isa": info.isa, "huge_pages": info.huge_pages}
+    pages = ", huge pages" if info.huge_pages else ""
+    return {name: f"{info.version} ({info.isa}{pages})"}
 
 
 def keep_all() -> kvz.BufferPool:

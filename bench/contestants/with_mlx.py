@@ -26,7 +26,7 @@ class Entry:
 
     def __init__(self, job: Job, data: Data) -> None:
         self.job = job
-        self.caches = job.caches(KVS[job.kv])
+        self.caches = job.caches(KVS[job.kv], 1 / 8)
         self._dtype = mx.float16 if job.kv == "f16" else mx.float32
         self._query = mx.array(heads_first(data.query)[None])
         self._all = [(self._store(data.keys), self._store(data.values)) for _ in range(self.caches)]

@@ -19,6 +19,7 @@ KVS = {"bf16": 16.0, "u8": 8.5, "u4": 4.5}
 CASES = ("decode", "prefill", "overhead")
 TOLERANCE = {"bf16": 3e-2, "u8": 3e-2, "u4": 3e-2}
 BLOCK = 32
+FILLED = 64  # tokens of the sequences that write what is past
 INDICES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 # What follows the lengths: scale, sliding window, alibi slopes; then features that stay off.
 OFF: tuple[Any, ...] = (np.int32(0), "i", "i", "f", "f", np.int32(0), np.int32(0), "f")
@@ -33,7 +34,7 @@ def versions() -> dict[str, Any]:
 class Entry:
     def __init__(self, job: Job, data: Data) -> None:
         self.job = job
-        self.caches = job.caches(KVS[job.kv], most=256)
+        self.caches = job.caches(KVS[job.kv], 1 if job.kv == "bf16" else 1 / 4)
         kind = {"bf16": ov.Type.bf16, "u8": ov.Type.u8, "u4": ov.Type.u4}[job.kv]
         options = {
             "INFERENCE_NUM_THREADS": job.threads,
@@ -101,11 +102,11 @@ class Entry:
         self.bytes: float = sum(x.byte_size for x in self._blocks) / self.caches * used
 
     def _fill(self, data: Data) -> None:
-        """Write what is past, as sequences of 256 tokens that own neighbouring blocks."""
+        """Write what is past, as short sequences that own neighbouring blocks."""
         job = self.job
         past = job.tokens - job.queries
-        for start in range(0, past, 256):
-            stop = min(past, start + 256)
+        for start in range(0, past, FILLED):
+            stop = min(past, start + FILLED)
             query = np.zeros((stop - start, job.heads, job.head_dim), np.float32)
             rows = data.keys[start:stop], data.values[start:stop]
             self._set(query, *rows, 0, start // BLOCK)

@@ -40,7 +40,7 @@ class Entry:
         torch.set_num_threads(job.threads)
         torch.set_grad_enabled(False)
         self.job = job
-        self.caches = job.caches(KVS[job.kv], most=8)
+        self.caches = job.caches(KVS[job.kv], 1 / 8)
         config = LlamaConfig(
             num_hidden_layers=self.caches,
             num_attention_heads=job.heads,
