@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 NAMES = ("kvz", "numpy", "torch", "onnxruntime", "openvino", "ggml", "transformers", "mlx")
+NAMES += ("openvino-sdpa",)
 
 #: kvz again: its WebAssembly core, and its native kernels for vectors of the same 128 bits.
 VARIANTS = ("kvz-wasm", "kvz-128")
