@@ -19,7 +19,7 @@ from progress import Progress
 from workload import Job
 
 BUSY = 0.15  # cores that others used: a turn is taken once more
-EXTRA_ROUNDS = 2
+EXTRA_ROUNDS = 1
 SAMPLES_KEPT = 4096  # of a turn
 
 Crew = Mapping[tuple[str, int], Worker]
