@@ -10,11 +10,10 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "kvz"
 html_static_path = ["pictures"]
+pygments_dark_style = "monokai"
 html_css_files = ["site.css"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-# Links from these pages to files of the repository that are no pages.
-suppress_warnings = ["myst.xref_missing"]
 autosummary_generate = True
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import kvz
 from kvz import reference
 
 Floats = NDArray[np.float32]
+DOCS = Path(__file__).parents[1] / "docs"
 
 HEAD_DIMS = (1, 31, 32, 33, 64, 80, 128)
 STORES = ("f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
@@ -42,6 +45,14 @@ SMALL: dict[str, Any] = {
 # case, of which the largest may be 30 times the others. Four times the sum of these.
 COMPUTING = {"f32": 2e-5, "f16": 2e-5, "bf16": 2e-5, "q8": 2e-3, "q4": 2e-2}
 COMPUTING |= dict.fromkeys(("q6k", "q5k", "q4k", "q3k", "q2k"), 2e-2)  # queries as for q4
+
+
+def run_page(name: str, names: dict[str, Any]) -> None:
+    """Run the code of a page of docs/, one block after the other, as a reader would type them."""
+    for block in re.findall(
+        r"^```python\n(.*?)^```", (DOCS / name).read_text("utf-8"), re.M | re.S
+    ):
+        exec(compile(block, name, "exec"), names)
 
 
 def f32(values: Any) -> Floats:

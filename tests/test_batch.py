@@ -66,6 +66,30 @@ def test_a_batch_gives_the_bits_of_each_alone(lengths, news, threads):
         close_all(caches)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 40},
+        {"softcap": 20.0, "causal": False},
+        {"alibi_slopes": np.linspace(0.1, 0.5, 4, dtype=np.float32)},
+        {"sinks": np.float32([1, -2, 0.5, 3]), "window": 70},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_are_those_of_attend(core, options):
+    """For one array of queries, and for a list of them."""
+    caches = [make(core, store_precision="q8", num_kv_heads=2) for _ in range(3)]
+    for i, cache in enumerate(caches):
+        cache.append(*stream(cache.config, 100 + 60 * i, i))
+    asked = np.stack([queries(c.config, 3, 2, seed=i) for i, c in enumerate(caches)])
+    for together in (asked, list(asked)):
+        results = kvz.attend_many(caches, together, **options)
+        for cache, query, got in zip(caches, asked, results, strict=True):
+            same_bits(got, cache.attend(query, **options))
+            assert not np.array_equal(got, cache.attend(query))
+    close_all(caches)
+
+
 def test_long_sequences_beside_short_ones(core):
     """Where some are cut into units for the threads and others are not."""
     base = kvz.CacheConfig(num_kv_heads=2, head_dim=128, tail_length=64, max_tokens=20_000)

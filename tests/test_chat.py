@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
+import kvz
 from kvz import cli
 from kvz.demo import chat
 
@@ -81,6 +82,35 @@ def test_undo_and_reset(talk: Any) -> None:
     assert last["total_tokens"] == first["total_tokens"] - 4
     assert (empty["total_tokens"], empty["total_bytes"]) == (0, 0)
     assert "no turn to take back" in err
+
+
+def test_a_saved_conversation_goes_on(talk: Any, tmp_path: Any) -> None:
+    """What was read need not be read again, and a turn before the save can be taken back."""
+    file = tmp_path / "my talk.kvz"
+    out, _, before = talk(["abc", "de", f"/save {file}", "/stats"], "--json", "--store", "q8")
+    saved = json.loads(out.splitlines()[-1])
+    assert json.loads(out.splitlines()[-2])["file_bytes"] == file.stat().st_size
+    out, _, read = talk(["zzz", f"/load {file}", "/stats", "fgh", "/undo", "/undo"], "--json")
+    _, _, loaded, turn = map(json.loads, out.splitlines())
+    assert loaded == saved
+    assert turn["answer"] == "hgf"
+    assert read[len(before) :].endswith(chat.END_OF_TURN + chat.TURN.format(text="fgh") + "hgf")
+    out, _, _ = talk([f"/load {file}", "/stats"])
+    assert "tokens in q8: " in out
+    assert "in q8, " in out
+
+
+def test_what_is_no_conversation_is_not_loaded(talk: Any, tmp_path: Any) -> None:
+    other = kvz.ModelCache(num_layers=2, num_kv_heads=1, head_dim=32)
+    other.save(tmp_path / "other.kvz", fingerprint={"model": "none.gguf"})
+    other.save(tmp_path / "m.kvz", fingerprint={"model": "m", "chat": {"turns": [], "unread": ""}})
+    lines = ["abc", "/load", "/save /", f"/load {tmp_path}/no", f"/load {tmp_path}/other.kvz"]
+    out, err, _ = talk([*lines, f"/load {tmp_path}/m.kvz", "de"])
+    assert out == "cba\n\ned\n\n"
+    assert "/load: expected the name of a file" in err
+    assert "expected a conversation that /save wrote" in err
+    assert "expected model 'none.gguf', found 'm'" in err
+    assert err.count("kvz: error: ") == 5
 
 
 def test_a_long_answer_is_cut_off(talk: Any) -> None:

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import kvz
-from kvz import cli, completion, selftest
+from kvz import bench, cli, completion, selftest
 from kvz.errors import CoreError
 
 
-@pytest.mark.parametrize("command", [None, "demo", "chat", "plan", "inspect", "info", "completion"])
+@pytest.mark.parametrize(
+    "command", [None, "demo", "chat", "plan", "inspect", "bench", "info", "completion"]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"] if command else ["--help"])
@@ -42,6 +44,8 @@ def test_version(capsys):
         ["demo", "--tail", "many"],
         ["plan", "--layers", "0"],
         ["plan", "--memory", "8 bananas"],
+        ["bench", "--store", "q9"],
+        ["bench", "--heads", "0"],
         ["completion", "csh"],
     ],
 )
@@ -50,6 +54,38 @@ def test_a_wrong_command_line_is_code_2(options, capsys):
         cli.main(options)
     assert stop.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+SMALL = ["--tokens", "512", "--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
+
+
+def test_bench(core, capsys, monkeypatch):
+    """Every figure is there, and bytes are those of the format; how fast it is is not a test."""
+    monkeypatch.setattr(bench.Settings, "cold_bytes", 1)
+    monkeypatch.setattr(bench, "memory_bytes_per_second", lambda threads, seconds: 1e10)
+    small = [*SMALL, "--seconds", "0", "--core", core]
+    assert cli.main(["bench", *small, "--store", "f32", "--store", "q8/q4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["info"]["core"] == core
+    first, second = found["rows"]
+    assert (first["store"], second["store"]) == ("f32", "q8/q4")
+    assert first["bits_per_value"] > second["bits_per_value"] > 6.5
+    figures = [row[name] for row in found["rows"] for name in row if name != "store"]
+    assert len(figures) == 12
+    assert min(figures) > 0
+    assert cli.main(["bench", *small, "--store", "q4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["store", "q4"]
+
+
+def test_bench_measures_memory():
+    assert bench.memory_bytes_per_second(2, 0.01, nbytes=1 << 20) > 1e6
+
+
+@pytest.mark.parametrize("options", [["--tokens", "100"], ["--heads", "5"], ["--head-dim", "31"]])
+def test_bench_refuses_what_it_cannot_measure(options, capsys):
+    assert cli.main(["bench", *SMALL, "--seconds", "0", *options]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("kvz: error: ")
 
 
 def test_info(core, capsys):

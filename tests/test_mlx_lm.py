@@ -17,6 +17,7 @@ from mlx_lm.models import cache as mlx_cache  # noqa: E402
 from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen3  # noqa: E402
 
 from kvz.integrations.mlx_lm import KvzPromptCache, make_prompt_cache  # noqa: E402
+from support import run_page  # noqa: E402
 
 VOCABULARY = 199
 BASE: dict[str, Any] = {
@@ -125,6 +126,20 @@ def test_speculative_decoding() -> None:
     caches = [*make_prompt_cache(model, **EXACT), *make_prompt_cache(model, **EXACT)]
     steps = speculative_generate_step(prompt(), model, model, max_tokens=40, prompt_cache=caches)
     assert [int(step[0]) for step in steps] == expected
+
+
+def test_the_code_of_the_how_to(capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of("llama")
+    run_page("howto-mlx.md", {"model": model, "prompt": prompt()})
+    expected = greedy(model, mlx_cache.make_prompt_cache(model), 100)
+    assert len(capsys.readouterr().out.splitlines()) == len(expected) == 100
+
+
+def test_a_rotating_cache_is_refused() -> None:
+    """At set-up, with what to do instead; None is what mlx-lm has where nobody asked for one."""
+    with pytest.raises(kvz.UnsupportedError, match=r"max_kv_size.*pool"):
+        make_prompt_cache(model_of("llama"), max_kv_size=512)
+    assert len(make_prompt_cache(model_of("llama"), max_kv_size=None)) == 4
 
 
 def test_trim_and_the_rest_of_the_protocol() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import kvz
+from support import run_page
 from transformers_models import (
     BASE,
     EXACT,
@@ -232,6 +233,18 @@ def test_the_two_lines_of_the_readme() -> None:
     exec(block, names)
     assert names["out"].shape[1] > 9
     assert model.config._attn_implementation == "kvz"
+
+
+def test_the_code_of_the_how_to() -> None:
+    """It runs as it stands, and leaves what it says."""
+    model = model_of("llama")
+    given = {"input_ids": prompt(1, 40), "max_new_tokens": 4}
+    inputs = {**given, "attention_mask": torch.ones_like(given["input_ids"])}
+    names: dict[str, Any] = {"model": model, "inputs": inputs}
+    run_page("howto-transformers.md", names)
+    assert names["out"].shape == names["answer"].shape == (1, 44)
+    assert names["read"].get_seq_length() == 39
+    assert names["cache"].layers[0].config.tail_length == 32
 
 
 # -- What is refused -------------------------------------------------------------------------------

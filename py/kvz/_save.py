@@ -320,7 +320,7 @@ class _Disk:
 @contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
     """Give a new file that takes the name `target` when all of it is on the disk."""
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    draft = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
     try:
         with open(draft, "xb", buffering=0) as file:
             yield file

@@ -73,12 +73,19 @@ def attend_many(
     (3, 8, 64)
     """
     core = _core_of(caches)
-    given = (causal, window, softcap, alibi_slopes, sinks, None, return_lse, return_mass)
-    options = Options(*given).with_flags()
-    whole = as_float32(queries, "queries") if hasattr(queries, "shape") else None
+    options = PLAIN
+    if causal is not True or not (
+        window is softcap is alibi_slopes is sinks is None and return_lse is return_mass is False
+    ):
+        given = (causal, window, softcap, alibi_slopes, sinks, None, return_lse, return_mass)
+        options = Options(*given).with_flags()
+    whole = queries
+    if type(queries) is not np.ndarray or queries.dtype is not F32 or not queries.flags.carray:
+        whole = as_float32(queries, "queries") if hasattr(queries, "shape") else None
     scale = None if scale is None else as_number(scale, "scale")
-    if whole is not None and masks is None and options == PLAIN and _alike(caches, whole):
-        return _attend_alike(core, caches, whole, scale)
+    one_answer = masks is None and not options.return_lse and not options.return_mass
+    if whole is not None and one_answer and _alike(caches, whole):
+        return _attend_alike(core, caches, whole, scale, options)
     return _attend_each(core, caches, queries if whole is None else whole, scale, options, masks)
 
 
@@ -129,17 +136,29 @@ def _alike(caches: Sequence[BaseCache], queries: Floats) -> bool:
 
 
 def _attend_alike(
-    core: Core, caches: Sequence[BaseCache], queries: Floats, scale: float | None
+    core: Core,
+    caches: Sequence[BaseCache],
+    queries: Floats,
+    scale: float | None,
+    options: Options,
 ) -> Floats:
-    """Attend without options where all addresses are steps from the first: in few operations."""
+    """Attend where all addresses are steps from the first, and options are shared: fast."""
     shape = queries.shape
+    scale = caches[0]._scale if scale is None else scale
     out: Floats = np.empty((*shape[:-1], caches[0]._value_dim), F32)
+    shared = None
+    if options is not PLAIN:
+        with _blame(0):
+            shared = prepare(core, Call(0, queries[0], scale, out[0], 0), options)
     items = _items(core, "AttendItem", len(caches))
     items["query_tokens"] = shape[1] if len(shape) == 4 else 1
     items["query_heads"] = shape[-2]
-    items["scale"] = caches[0]._scale if scale is None else scale
+    items["scale"] = scale
 
     def lend_all(frame: Frame) -> None:
+        if shared is not None:
+            lend(core, frame, *shared)
+            items["options"] = frame.ref(shared[0])
         _steps(items, "query", put(frame, queries), queries)
         _steps(items, "out", take(frame, out), out)
 
@@ -325,8 +344,9 @@ def _append_alike(core: Core, caches: Sequence[BaseCache], keys: Floats, values:
 
 def _steps(items: Any, name: str, address: int, array: Floats) -> None:
     """Write the addresses of the parts of an array that belong to one cache each."""
-    steps = np.arange(len(array), dtype=np.uint64)
-    items[name] = steps * np.uint64(array.nbytes // len(array)) + np.uint64(address)
+    items[name] = np.arange(
+        address, address + array.nbytes, array.nbytes // len(array), dtype=np.uint64
+    )
 
 
 def _run(core: Core, function: Any, items: Any, lend_all: Callable[[Frame], None]) -> None:

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add_chat(commands)
     add_plan(commands)
     add_eval(commands)
+    add_bench(commands)
     add_inspect(commands)
     add_info(commands)
     add_completion(commands)
@@ -200,7 +201,7 @@ def run_plan(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from kvz.errors import InvalidArgumentError
-    from kvz.planning import Layers, layers_of, plan_rows
+    from kvz.model_shapes import Layers, layers_of, plan_rows
 
     numbers = (options.layers, options.kv_heads, options.head_dim)
     if options.model and any(numbers):
@@ -405,6 +406,43 @@ def run_eval(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if value is not None}
     given.pop("run")
     given["stores"] = tuple(given.get("stores", ()))
+    run(Settings(**given))
+    return 0
+
+
+# -- kvz bench -------------------------------------------------------------------------------------
+
+
+def add_bench(commands: Any) -> None:
+    """Add the command ``bench``."""
+    command = commands.add_parser(
+        "bench",
+        help="measure how fast caches of each format are here",
+        description="Times decoding, prefill and appends of one layer, beside how fast this "
+        "machine reads memory, which bounds decoding. Takes about 15 seconds.",
+    )
+    option = command.add_argument
+    option("--store", type=store, action="append", dest="stores", metavar="FORMAT",
+           help="measure only this store: q4, q8, ... or q8/q4; may be repeated")  # fmt: skip
+    option("--tokens", type=positive, metavar="N", help="held by a cache (default: 4096)")
+    option("--heads", type=positive, metavar="N", help="query heads (default: 32)")
+    option("--kv-heads", type=positive, metavar="N", help="kv heads (default: 8)")
+    option("--head-dim", type=positive, metavar="N", help="values per head (default: 128)")
+    option("--seconds", type=float, metavar="S", help="spent on each figure (default: 0.5)")
+    option("--core", choices=CORES, help="the core to run (default: KVZ_CORE, else native)")
+    option("--threads", type=count, metavar="N", help="threads of the core (default: all)")
+    option("--json", action="store_true", dest="as_json", help="print a JSON object")
+    command.set_defaults(run=run_bench)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Measure with the options that were given."""
+    from kvz.bench import Settings, run
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    given.pop("run")
+    if "stores" in given:
+        given["stores"] = tuple(given["stores"])
     run(Settings(**given))
     return 0
 

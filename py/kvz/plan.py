@@ -1,4 +1,8 @@
-"""How many tokens fit into how many bytes. Calls model.py (for its arguments) and the core."""
+"""How many tokens fit into how many bytes of a pool, to the page.
+
+Calls model.py (for its arguments) and the core. Shapes of known models, for the command `kvz plan`,
+are in model_shapes.py.
+"""
 
 from __future__ import annotations
 

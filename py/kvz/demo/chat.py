@@ -19,7 +19,7 @@ import kvz
 from kvz.demo import fetch
 from kvz.demo.run import leave_a_core_to_others, load_model, store_name
 from kvz.demo.tokenizer import TextStream
-from kvz.errors import InvalidArgumentError
+from kvz.errors import InvalidArgumentError, KvzError, SnapshotMismatchError
 from kvz.stats import format_bytes
 
 SYSTEM = (
@@ -29,11 +29,13 @@ SYSTEM = (
 TURN = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 END_OF_TURN = "<|im_end|>\n"
 HELP = """\
-/stats  what the caches hold
-/undo   take the last turn back
-/reset  forget everything
-/help   this list
-/quit   end (so does Ctrl-D)"""
+/stats      what the caches hold
+/undo       take the last turn back
+/reset      forget everything
+/save FILE  write the conversation to a file, its packed caches as they are
+/load FILE  go on with a conversation from a file, without reading it again
+/help       this list
+/quit       end (so does Ctrl-D)"""
 PREFILL_STEP_TOKENS = 256
 
 
@@ -74,7 +76,7 @@ def run(settings: Settings) -> None:
     leave_a_core_to_others()
     path = settings.model or fetch.model_path()
     print(f"reading {path.name}", file=sys.stderr)
-    chat = Chat(load_model(path), settings)
+    chat = Chat(load_model(path), settings, path.name)
     person = sys.stdin.isatty()
     if person:
         print(f"Caches in {store_name(settings.store)}. /help lists the commands.")
@@ -88,7 +90,7 @@ def run(settings: Settings) -> None:
         if line:
             try:
                 chat.line(line)
-            except InvalidArgumentError as error:
+            except (KvzError, OSError) as error:
                 print(f"kvz: error: {error}", file=sys.stderr)
 
 
@@ -100,23 +102,23 @@ class Chat:
     model : SmolLM2
         Or anything with `shape`, `tokenizer`, `forward` and `generate` like its.
     settings : Settings
+    name : str
+        Of the model: a saved conversation goes on with the one that it began with.
     """
 
-    def __init__(self, model: Any, settings: Settings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: Any, settings: Settings, name: str = "") -> None:
+        self.model, self.settings, self.name = model, settings, name
         shape = model.shape
-        self.caches = [
-            kvz.TwoTierCache(
-                core=settings.core,
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                max_tokens=shape.max_tokens,
-                tail_length=settings.tail,
-                store_precision=settings.store,
-                sink_tokens=settings.sinks,
-            )
-            for _ in range(shape.num_layers)
-        ]
+        self.caches = kvz.ModelCache(
+            num_layers=shape.num_layers,
+            core=settings.core,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_tokens=shape.max_tokens,
+            tail_length=settings.tail,
+            store_precision=settings.store,
+            sink_tokens=settings.sinks,
+        )
         self.turns: list[int] = []  # where each began
         self.unread = SYSTEM  # what comes before the next thing that is read
 
@@ -128,10 +130,16 @@ class Chat:
             "/reset": self.reset,
             "/help": lambda: print(HELP),
         }
+        with_file: dict[str, Callable[[Path], None]] = {"/save": self.save, "/load": self.load}
+        word, _, rest = text.partition(" ")
         if not text.startswith("/"):
             self.answer(text)
         elif text in commands:
             commands[text]()
+        elif word in with_file:
+            if not rest.strip():
+                raise InvalidArgumentError(f"{word}: expected the name of a file after it")
+            with_file[word](Path(rest.strip()).expanduser())
         else:
             raise InvalidArgumentError(f"no such command: {text}; /help lists them")
 
@@ -174,20 +182,24 @@ class Chat:
         return logits
 
     @property
+    def store(self) -> str:
+        """How the caches store; those of a file may do so otherwise than was asked for."""
+        stored: str | list[str] = self.caches[0].config.to_dict()["store_precision"]
+        return stored if isinstance(stored, str) else "/".join(stored)
+
+    @property
     def held(self) -> int:
         """Tokens that every layer holds."""
         return len(self.caches[0])
 
     def counts(self) -> dict[str, int | float]:
         """Return tokens and bytes, over all layers."""
-        stats = [cache.stats() for cache in self.caches]
+        stats = self.caches.stats()
+        names = ("total_tokens", "store_tokens", "tail_tokens", "sink_tokens")
         return {
-            "total_tokens": stats[0].total_tokens,
-            "store_tokens": stats[0].store_tokens,
-            "tail_tokens": stats[0].tail_tokens,
-            "sink_tokens": stats[0].sink_tokens,
-            "total_bytes": sum(now.total_bytes for now in stats),
-            "bits_per_value": sum(now.bits_per_value for now in stats) / len(stats),
+            **{name: getattr(stats.layers[0], name) for name in names},
+            "total_bytes": stats.total_bytes,
+            "bits_per_value": stats.bits_per_value,
         }
 
     def stats(self) -> None:
@@ -199,7 +211,7 @@ class Chat:
         print(
             f"{len(self.caches)} layers of {now['total_tokens']} tokens: "
             f"{now['sink_tokens']} sinks, {now['store_tokens']} in "
-            f"{store_name(self.settings.store)}, {now['tail_tokens']} in f16; "
+            f"{self.store}, {now['tail_tokens']} in f16; "
             f"{format_bytes(now['total_bytes'])}, {now['bits_per_value']:.1f} bits per value"
         )
 
@@ -207,14 +219,34 @@ class Chat:
         """Take the last turn back: trim the caches to where it began."""
         if not self.turns:
             raise InvalidArgumentError("there is no turn to take back")
-        excess = self.held - self.turns.pop()
-        for cache in self.caches:
-            cache.trim(excess)
+        self.caches.trim(self.held - self.turns.pop())
         self.unread = END_OF_TURN if self.turns else SYSTEM
 
     def reset(self) -> None:
         """Forget everything."""
-        for cache in self.caches:
-            cache.clear()
+        self.caches.clear()
         self.turns.clear()
         self.unread = SYSTEM
+
+    def save(self, path: Path) -> None:
+        """Write the caches, and what else a conversation is."""
+        talk = {"turns": self.turns, "unread": self.unread}
+        written = self.caches.save(path, fingerprint={"model": self.name, "chat": talk})
+        self._tell("saved", path, written)
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation; what was held before is forgotten."""
+        talk = kvz.snapshot_info(path).fingerprint.get("chat")
+        if not isinstance(talk, dict) or not talk.keys() >= {"turns", "unread"}:
+            raise SnapshotMismatchError(f"{path}: expected a conversation that /save wrote")
+        wanted = {"model": self.name}
+        loaded = kvz.ModelCache.load(path, fingerprint=wanted, core=self.settings.core)
+        self.caches.close()
+        self.caches, self.turns, self.unread = loaded, list(talk["turns"]), str(talk["unread"])
+        self._tell("loaded", path, path.stat().st_size)
+
+    def _tell(self, what: str, path: Path, nbytes: int) -> None:
+        if self.settings.as_json:
+            print(json.dumps({what: str(path), "file_bytes": nbytes, **self.counts()}))
+        else:
+            print(f"{what} {self.held} tokens in {self.store}: {path}, {format_bytes(nbytes)}")

@@ -12,10 +12,10 @@ from importlib.util import find_spec
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
     """Show how far something is while the block runs; the block is given `advance(count)`."""
     if not sys.stderr.isatty() or find_spec("rich") is None:
-        print(f"{label}: {total} tokens", file=sys.stderr)
+        print(f"{label}: {total} {unit}", file=sys.stderr)
         yield lambda _: None
         return
     from rich import progress as bars
@@ -25,7 +25,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("tokens,"),
+        bars.TextColumn(f"{unit},"),
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:

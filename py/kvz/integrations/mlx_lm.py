@@ -23,7 +23,7 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_cache
 
-from kvz.batch import append_many
+from kvz.batch import append_many, attend_many
 from kvz.cache import TwoTierCache
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, UnsupportedError
@@ -89,9 +89,11 @@ class KvzPromptCache(mlx_cache._BaseCache):
             )
         mx.eval(keys, values)
         self._slide()
-        append_many(
-            self.rows, [one.swapaxes(0, 1) for one in keys], [one.swapaxes(0, 1) for one in values]
-        )
+        given = [keys.swapaxes(1, 2), values.swapaxes(1, 2)]
+        if batch == 1:
+            self.rows[0].append(given[0][0], given[1][0])
+        else:
+            append_many(self.rows, *given)
         held = len(self.rows[0])
         return (
             PackedStates(self, (batch, heads, held, dim), keys.dtype),
@@ -110,18 +112,20 @@ class KvzPromptCache(mlx_cache._BaseCache):
     def attend(self, queries: mx.array, scale: float, mask: Any, sinks: Any) -> mx.array:
         """Attend with the newest queries, (batch, query heads, tokens, dim)."""
         given = np.array(queries.astype(mx.float32)).transpose(0, 2, 1, 3)
-        out = np.empty((*given.shape[:3], self.rows[0].config.value_dim), np.float32)
         options: dict[str, Any] = {"causal": isinstance(mask, str), "window": self.max_size}
         if sinks is not None:
             options["sinks"] = sinks.astype(mx.float32)
         seen = None if mask is None or isinstance(mask, str) else _mask_of(mask)
         if given.shape[1] == 1:
             options["causal"] = True  # the only query is the newest token
-        for number, row in enumerate(self.rows):
-            if seen is not None:
-                one = seen[number if seen.shape[0] > 1 else 0]
-                options["mask"] = align_mask(one, len(row)).transpose(1, 0, 2)
-            row.attend(given[number], scale, out=out[number], **options)
+        masks = None
+        if seen is not None:
+            each = [seen[number if len(seen) > 1 else 0] for number in range(len(self.rows))]
+            masks = [
+                align_mask(one, len(row)).transpose(1, 0, 2)
+                for one, row in zip(each, self.rows, strict=True)
+            ]
+        out = attend_many(self.rows, given, scale, masks=masks, **options)
         return mx.array(out.transpose(0, 2, 1, 3)).astype(queries.dtype)
 
     # -- The rest of the protocol ----------------------------------------------------------------
@@ -210,8 +214,14 @@ def make_prompt_cache(
     Raises
     ------
     UnsupportedError
-        The model wants a cache that kvz cannot be, or computes attention on its own.
+        The model wants a cache that kvz cannot be, or computes attention on its own; or
+        `max_kv_size` was given, which would forget the middle of a text.
     """
+    if config_fields.pop("max_kv_size", None) is not None:
+        raise UnsupportedError(
+            "max_kv_size: rotating caches are not supported; leave it out, and limit the bytes of "
+            "all layers by pool=kvz.BufferPool(max_bytes=...)"
+        )
     wanted = mlx_cache.make_prompt_cache(model)
     kinds = sorted({type(one).__name__ for one in wanted} - {"KVCache", "RotatingKVCache"})
     if kinds:

@@ -5,14 +5,20 @@ Registered as "kvz" by the package. Calls mask.py and the caches of a layer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from kvz.batch import attend_many
 from kvz.errors import UnsupportedError
 from kvz.integrations.transformers.mask import row_mask
 from kvz.integrations.transformers.states import PackedStates
+
+if TYPE_CHECKING:
+    from kvz.integrations.transformers.layer import KvzLayer
 
 
 def kvz_attention(
@@ -57,31 +63,46 @@ def kvz_attention(
     if not isinstance(key, PackedStates):
         options = (scaling, dropout, causal, sliding_window, softcap, s_aux)
         return _without_cache(module, query, key, value, attention_mask, *options, **kwargs)
-    layer = key.layer
-    batch, heads, tokens, _ = query.shape
     # (batch, queries, heads, dim), the layout of both `attend` and what is returned.
     queries = query.detach().transpose(1, 2).to(torch.float32).contiguous().numpy()
-    out = torch.empty((batch, tokens, heads, value.shape[-1]), dtype=torch.float32)
-    outs = out.numpy()
     sinks = None if s_aux is None else s_aux.detach().to(torch.float32).numpy()
-    window = sliding_window or layer.sliding_window
-    for number, row in enumerate(layer.rows):
-        held = 0 if attention_mask is None else len(row)
-        seen = row_mask(attention_mask, number, held, window, causal)
-        row.attend(
-            queries[number],
-            scaling,
-            causal=seen.causal,
-            window=seen.window,
-            softcap=softcap,
-            sinks=sinks,
-            mask=seen.mask,
-            out=outs[number],
-        )
-    result = out.to(query.dtype)
+    out = _over_packed(
+        key.layer, queries, attention_mask, scaling, causal, sliding_window, softcap, sinks
+    )
+    result = torch.from_numpy(out).to(query.dtype)
     if query.requires_grad and torch.is_grad_enabled():
         result = _NoGradient.apply(result, query)
     return result, None
+
+
+def _over_packed(
+    layer: KvzLayer,
+    queries: NDArray[np.float32],
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: NDArray[np.float32] | None,
+) -> NDArray[np.float32]:
+    """Attend over all sequences, in one call: (batch, queries, query heads, value dim)."""
+    rows, masks = layer.rows, None
+    window = sliding_window or layer.sliding_window
+    if attention_mask is not None:
+        seen = [
+            row_mask(attention_mask, number, len(row), window, causal)
+            for number, row in enumerate(rows)
+        ]
+        masks = [one.mask for one in seen] if any(one.mask is not None for one in seen) else None
+        # The shape of the mask decided on these, for all sequences alike.
+        window, causal = seen[0].window, seen[0].causal
+    options: dict[str, Any] = {"causal": causal, "window": window}
+    options |= {"softcap": softcap, "sinks": sinks}
+    if len(rows) == 1:
+        out = rows[0].attend(queries[0], scaling, mask=masks and masks[0], **options)[None]
+    else:
+        out = attend_many(rows, queries, scaling, masks=masks, **options)
+    return cast("NDArray[np.float32]", out)
 
 
 def _check(dropout: float, kwargs: dict[str, Any]) -> None:

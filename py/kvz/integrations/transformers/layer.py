@@ -105,16 +105,22 @@ class KvzLayer(CacheLayerMixin):
         seen, _ = self.get_mask_sizes(tokens)
         if not self.record_past:
             self._slide()
-        append_many(
-            self.rows,
-            [keys.transpose(0, 1) for keys in key_states],
-            [values.transpose(0, 1) for values in value_states],
-        )
+        self._append(key_states.detach(), value_states.detach())
         made = (key_states.dtype, key_states.device)
         return (
             PackedStates(self, (batch, heads, seen, dim), *made),
             PackedStates(self, (batch, heads, seen, value_states.shape[-1]), *made),
         )
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Append to every sequence, or to none: (batch, heads, tokens, dim) each."""
+        given: list[Any] = [keys.transpose(1, 2), values.transpose(1, 2)]
+        if keys.shape[2] == 1:  # small, and dense now: numpy is the shortest way into the core
+            given = [one.to(torch.float32).contiguous().numpy() for one in given]
+        if len(self.rows) == 1:
+            self.rows[0].append(given[0][0], given[1][0])
+        else:
+            append_many(self.rows, *given)
 
     def _slide(self) -> None:
         """Drop what is packed and the next token cannot see, a page of tokens or more at a time."""

@@ -1,4 +1,7 @@
-"""What the caches of a model take, before any is made. Called by cli.py (`kvz plan`).
+"""Shapes of known models, and what their caches take for each format. Called by cli.py.
+
+The command `kvz plan` shows it; the function `kvz.plan`, how many tokens of one configuration fit
+into a pool to the byte, is plan.py.
 
 A model is a name of the table below, a transformers `config.json`, a folder with one, or the name
 of a model that the Hugging Face cache on this machine holds; nothing is fetched.
