@@ -428,6 +428,8 @@ def add_bench(commands: Any) -> None:
     option("--heads", type=positive, metavar="N", help="query heads (default: 32)")
     option("--kv-heads", type=positive, metavar="N", help="kv heads (default: 8)")
     option("--head-dim", type=positive, metavar="N", help="values per head (default: 128)")
+    option("--memory", type=size, metavar="SIZE", dest="cold_bytes",
+           help="of all caches, so that they are read cold (default: 256MiB)")  # fmt: skip
     option("--seconds", type=float, metavar="S", help="spent on each figure (default: 0.5)")
     option("--core", choices=CORES, help="the core to run (default: KVZ_CORE, else native)")
     option("--threads", type=count, metavar="N", help="threads of the core (default: all)")
