@@ -119,6 +119,7 @@ OURS: dict[str, dict[str, Any]] = {
     "kvz q8/q4": {"store_precision": ("q8", "q4")},
     "kvz q4": {"store_precision": "q4"},
     "kvz q4, tail of 32": {"store_precision": "q4", "tail_length": 32, "migration_batch": 32},
+    "kvz q4k, tail of 32": {"store_precision": "q4k", "tail_length": 32, "migration_batch": 32},
 }
 BASELINE = "DynamicCache"
 
