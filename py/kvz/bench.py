@@ -20,8 +20,7 @@ import numpy as np
 
 import kvz
 from kvz.arrays import Floats
-from kvz.demo.report import print_table, progress
-from kvz.demo.run import store_name
+from kvz.demo.report import print_table, progress, store_name
 from kvz.errors import InvalidArgumentError
 
 Store = str | tuple[str, str]

@@ -17,7 +17,8 @@ import numpy as np
 
 import kvz
 from kvz.demo import fetch
-from kvz.demo.run import leave_a_core_to_others, load_model, store_name
+from kvz.demo.report import store_name
+from kvz.demo.run import leave_a_core_to_others, load_model
 from kvz.demo.tokenizer import TextStream
 from kvz.errors import InvalidArgumentError, KvzError, SnapshotMismatchError
 from kvz.stats import format_bytes

@@ -42,3 +42,8 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip())
     print(f"\n{caption}")
+
+
+def store_name(store: str | tuple[str, str]) -> str:
+    """Return "q4", or "q8/q4" for a pair."""
+    return store if isinstance(store, str) else "/".join(store)

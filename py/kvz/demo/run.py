@@ -193,10 +193,10 @@ def demonstrate(settings: Settings, model: SmolLM2) -> tuple[Answer, list[Row]]:
         caches = make_caches(
             model.shape, store, tail=settings.tail, sinks=settings.sinks, core=settings.core
         )
-        with report.progress(store_name(store), len(ids)) as advance:
+        with report.progress(report.store_name(store), len(ids)) as advance:
             cost, logits = run_text(model, caches, ids, tail=settings.tail, advance=advance)
         exact = logits if store == EXACT else exact
-        rows.append(Row(store=store_name(store), cost=cost, fidelity=compare(exact, logits)))
+        rows.append(Row(store=report.store_name(store), cost=cost, fidelity=compare(exact, logits)))
         if store == answering:
             answer = ask(settings, model, caches, logits[-1:])
     return answer, sorted(rows, key=lambda row: row.cost.nbytes)
@@ -215,7 +215,7 @@ def ask(settings: Settings, model: SmolLM2, caches: Sequence[TimedCache], logits
         show(pieces[-1])
     seconds = perf_counter() - start
     answer = Answer(
-        store=store_name(settings.store or OTHERS[0]),
+        store=report.store_name(settings.store or OTHERS[0]),
         text="".join(pieces),
         tokens=len(pieces),
         seconds=seconds,
@@ -257,11 +257,6 @@ def load_model(path: Path) -> SmolLM2:
         return SmolLM2.from_gguf(path)
     except ValueError as error:
         raise InvalidArgumentError(f"{path} cannot be used: {error}") from error
-
-
-def store_name(store: Store) -> str:
-    """Return "q4", or "q8/q4" for a pair."""
-    return store if isinstance(store, str) else "/".join(store)
 
 
 def caption(settings: Settings, model: SmolLM2, rows: Sequence[Row]) -> str:

@@ -14,8 +14,8 @@ import kvz
 from kvz.demo import fetch
 from kvz.demo.evaluate import Store
 from kvz.demo.model import SmolLM2
-from kvz.demo.report import print_table, progress
-from kvz.demo.run import TEXT_FILE, leave_a_core_to_others, load_model, store_name
+from kvz.demo.report import print_table, progress, store_name
+from kvz.demo.run import TEXT_FILE, leave_a_core_to_others, load_model
 from kvz.errors import InvalidArgumentError
 from kvz.evaluate import measure, report
 from kvz.evaluate.measure import Outcome, Row
