@@ -52,8 +52,8 @@ def test_bug_03_a_precision_is_the_one_that_was_asked_for(core: Any) -> None:
     assert cache.stats().store_tokens > 0
     same_bits(cache.get_all_kv()[0], keys)
     same_bits(cache.get_all_kv()[1], values)
-    with pytest.raises(kvz.ConfigError, match="q4k"):
-        make(core, store_precision="q4k")
+    with pytest.raises(kvz.ConfigError, match="q7"):
+        make(core, store_precision="q7")
 
 
 def test_bug_04_a_policy_takes_effect(core: Any) -> None:
