@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from kvz._closing import Closing
 from kvz._container import Header, Tensor, read_header, read_into
 from kvz._core import Core
 from kvz.arrays import address_of
@@ -182,7 +183,7 @@ def hash_text(core: Core, data: bytes | NDArray[Any]) -> str:
     return f"{out.value:016x}"
 
 
-class Part:
+class Part(Closing):
     """One open file of a snapshot, its header checked.
 
     Attributes
@@ -265,12 +266,6 @@ class Part:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
-
-    def __enter__(self) -> Part:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def increment_path(path: Path, number: int) -> Path:

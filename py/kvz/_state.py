@@ -9,12 +9,12 @@ import ctypes
 import math
 import threading
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvz._closing import Closing
 from kvz._core import Core, Handle, load
 from kvz.arrays import as_count
 from kvz.config import CacheConfig
@@ -27,7 +27,7 @@ _WHOLE = (1 << 64) - 1  # the length of a fork that has all tokens
 Self = TypeVar("Self", bound="CacheState")
 
 
-class CacheState:
+class CacheState(Closing):
     """Owns one cache of the core. The base of both caches; not for direct use."""
 
     _kind = ""  # of abi.CacheKind
@@ -284,17 +284,6 @@ class CacheState:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return not self._handle.pointer
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _shape_text(self) -> str:
         """Return "8 heads x 128", for the repr."""

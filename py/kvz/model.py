@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
-from types import TracebackType
 from typing import Any
 
+from kvz._closing import Closing
 from kvz._core import load as load_core
 from kvz._persist import Source, load_layers
 from kvz._save import save
@@ -56,7 +56,7 @@ class ModelStats:
         return {**asdict(self), "own_bytes": self.own_bytes}
 
 
-class ModelCache:
+class ModelCache(Closing):
     """The KV cache of one sequence in all layers of a model, over one pool.
 
     ``model[i]`` is the `TwoTierCache` of layer i; a forward pass appends to one after the other.
@@ -321,17 +321,6 @@ class ModelCache:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return all(layer.closed for layer in self._layers)
-
-    def __enter__(self) -> ModelCache:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _repr_html_(self) -> str:
         """Show a bar of the tiers of every layer in a notebook."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from kvz._closing import Closing
 from kvz._core import Core, Handle, load
 from kvz.arrays import Floats, address_of, as_count, as_flag, as_float32
 from kvz.errors import (
@@ -108,7 +109,7 @@ class PoolStats:
         return {**asdict(self), "hit_rate": self.hit_rate}
 
 
-class BufferPool:
+class BufferPool(Closing):
     """Aligned memory in size classes, with a hard limit, shared between caches and threads.
 
     Parameters
@@ -252,17 +253,6 @@ class BufferPool:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return not self._handle.pointer
-
-    def __enter__(self) -> BufferPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self.closed:

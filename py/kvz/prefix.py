@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kvz._closing import Closing
 from kvz.arrays import as_count, as_flag
 from kvz.cache import TwoTierCache
 from kvz.errors import ClosedError, InvalidArgumentError, InvalidTypeError
@@ -117,7 +118,7 @@ class _Node:
             waiting.extend(node.children.values())
 
 
-class PrefixCache:
+class PrefixCache(Closing):
     """Caches of earlier prompts, found again by their tokens.
 
     `insert` keeps a fork of a cache, `fork` gives back a fork of whatever has the longest prefix in
@@ -394,12 +395,6 @@ class PrefixCache:
         """Forget all entries and refuse further use."""
         self.clear()
         self._closed = True
-
-    def __enter__(self) -> PrefixCache:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def __len__(self) -> int:
         """Return the number of entries."""
