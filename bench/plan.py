@@ -26,6 +26,7 @@ class Size:
     """How much to measure."""
 
     decode: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
+    decode_few: tuple[int, ...] = (1024, 4096, 16384)  # with fewer than the most threads
     linear: tuple[int, ...] = (4096, 16384, 65536, 131072)
     prefill: tuple[int, ...] = (0, 4096, 16384)
     small: tuple[int, ...] = (4096,)
@@ -44,6 +45,7 @@ WHOLE = Size()
 QUICK = replace(
     WHOLE,
     decode=(1024,),
+    decode_few=(1024,),
     linear=(256, 1024),
     prefill=(0,),
     small=(),
@@ -61,15 +63,18 @@ QUICK = replace(
 SIZES = {"quick": QUICK, "whole": WHOLE}
 
 
-def jobs(cases: Sequence[str], kv: str, threads: int, fewest: bool, size: Size) -> Iterator[Job]:
-    """Yield every job of one contestant at one number of threads; `fewest`: there is no less."""
+def jobs(
+    cases: Sequence[str], kv: str, threads: int, counts: Sequence[int], size: Size
+) -> Iterator[Job]:
+    """Yield every job of one contestant at one of the numbers of threads that are measured."""
     cold = {"cold_bytes": size.cold_bytes}
 
     def job(case: str, past: int, seconds: float = size.seconds, **other: int) -> Job:
         return Job(case, kv, threads, past, seconds=seconds, **{**cold, **other})
 
     if "decode" in cases:
-        yield from (job("decode", past) for past in size.decode)
+        most = size.decode if threads == max(counts) else size.decode_few
+        yield from (job("decode", past) for past in most)
         yield from (job("decode", past, **SMALL) for past in size.small)
     if "linear" in cases:
         yield from (job("linear", past, size.linear_seconds) for past in size.linear)
@@ -82,7 +87,7 @@ def jobs(cases: Sequence[str], kv: str, threads: int, fewest: bool, size: Size) 
         yield job("stream", STREAM_CALLS, cold_bytes=0)
     if "overhead" in cases:
         yield job("overhead", 8, cold_bytes=0)
-    if "shapes" in cases and fewest:
+    if "shapes" in cases and threads == min(counts):
         pairs = [(ratio, 128) for ratio in size.ratios] + [(4, dim) for dim in size.head_dims]
         for ratio, dim in dict.fromkeys(pairs):
             yield job("shapes", size.shapes, size.seconds / 2, heads=8 * ratio, head_dim=dim)
@@ -131,8 +136,8 @@ def _order(heat: Sequence[Entrant]) -> tuple[int, ...]:
 def weight(job: Job) -> float:
     """Return roughly how long a job takes against others, for the time that is left."""
     values = job.tokens * job.kv_heads * job.head_dim * 2
-    steps = job.flops / 50e9 if job.case == "prefill" else values / 5e8
-    return 1.2 * job.seconds + 0.4 + values / 1.5e8 + 6 * steps
+    steps = job.flops / 150e9 if job.case == "prefill" else values / 5e8
+    return 1.5 * job.seconds + 0.5 + values / 1.5e8 + 6 * steps
 
 
 def too_slow(job: Job, seconds: float) -> bool:

@@ -117,8 +117,7 @@ def gather(options: argparse.Namespace, run: dict[str, Any], say: Progress) -> h
     patience = 60 if options.size == "quick" else 300
 
     def start(name: str, threads: int) -> Worker:
-        fewest = threads == min(options.threads)
-        task = {"name": name, "threads": threads, "fewest": fewest, **asked}
+        task = {"name": name, "threads": threads, "counts": options.threads, **asked}
         return Worker(task, patience)
 
     for name in dict.fromkeys(("kvz", *VARIANTS, *options.peers)):

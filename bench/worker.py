@@ -1,7 +1,7 @@
 """One contestant at one number of threads, in a process of its own. Started by crew.py.
 
-Reads one JSON object with `name`, `threads`, `fewest` (no job has fewer threads), `cases`, `size`
-and `data` (a folder), and answers with `versions` and `jobs`. Then it answers one order at a time:
+Reads one JSON object with `name`, `threads`, `counts` (all that are measured), `cases`, `size` and
+`data` (a folder), and answers with `versions` and `jobs`. Then it answers one order at a time:
 
 - `build`: make what a job needs, do the step once, check the answer; keep it under a number
 - `time`: time the step of what is kept under a number
@@ -60,7 +60,7 @@ def planned(module: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the jobs that this contestant can do."""
     from plan import SIZES, jobs
 
-    size, fixed = SIZES[task["size"]], (task["threads"], task["fewest"])
+    size, fixed = SIZES[task["size"]], (task["threads"], task["counts"])
     every = (job for kv in module.KVS for job in jobs(task["cases"], kv, *fixed, size))
     return [job.to_dict() for job in every if job.case in module.CASES]
 
