@@ -90,6 +90,29 @@ def test_options_are_those_of_attend(core, options):
     close_all(caches)
 
 
+def test_each_sequence_may_have_its_window(core):
+    """With other options and without, for one array of queries and for a list, beside masks."""
+    caches = [make(core, store_precision="q4", num_kv_heads=2) for _ in range(3)]
+    for i, cache in enumerate(caches):
+        cache.append(*stream(cache.config, 100 + 60 * i, i))
+    asked = np.stack([queries(c.config, 2, 2, seed=i) for i, c in enumerate(caches)])
+    windows = [30, None, np.int64(150)]
+    masks = [np.arange(len(cache)) % 3 > 0 for cache in caches]
+    for options in ({}, {"sinks": np.float32([1, -2, 0.5, 3])}):
+        for together in (asked, list(asked)):
+            got = kvz.attend_many(caches, together, window=windows, **options)
+            masked = kvz.attend_many(caches, together, window=windows, masks=masks, **options)
+            for i, cache in enumerate(caches):
+                window = windows[i] and int(windows[i])
+                same_bits(got[i], cache.attend(asked[i], window=window, **options))
+                alone = cache.attend(asked[i], window=window, mask=masks[i], **options)
+                same_bits(masked[i], alone)
+    for wrong, text in (([1, 2], "window: expected 3"), ([1, 0, 2], "window: expected 1 or more")):
+        with pytest.raises(kvz.InvalidArgumentError, match=text):
+            kvz.attend_many(caches, asked, window=wrong)
+    close_all(caches)
+
+
 def test_long_sequences_beside_short_ones(core):
     """Where some are cut into units for the threads and others are not."""
     base = kvz.CacheConfig(num_kv_heads=2, head_dim=128, tail_length=64, max_tokens=20_000)

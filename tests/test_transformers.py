@@ -102,6 +102,18 @@ def test_left_padding_compatibility(name: str) -> None:
 
 
 @models
+def test_cache_extra_left_padding(name: str) -> None:
+    """More padding than any prompt needs changes nothing."""
+    ids, mask = padded_prompt()
+    pad = torch.zeros(3, 5, dtype=ids.dtype)
+    wider, its_mask = torch.cat([pad, ids], 1), torch.cat([pad, mask], 1)
+    got = compare(name, lambda model, cache: generate(model, cache, wider, its_mask))
+    model = model_of(name)
+    expected = generate(model, exact(model), ids, mask)
+    assert torch.equal(got.sequences[:, 5:], expected.sequences)
+
+
+@models
 def test_sample_generate(name: str) -> None:
     def run(model: Any, cache: Any) -> Any:
         torch.manual_seed(3)
@@ -127,11 +139,28 @@ def test_beam_sample_generate(name: str) -> None:
 
 
 # gemma3n and gemma4 look tokens up by their ids in every layer.
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("gemma3n", "gemma4")])
+with_embeds = pytest.mark.parametrize("name", [n for n in MODELS if n not in ("gemma3n", "gemma4")])
+
+
+@with_embeds
 def test_generate_from_inputs_embeds(name: str) -> None:
     model = model_of(name)
     embeds = model.get_input_embeddings()(prompt(2, 20)).detach()
     compare(name, lambda m, c: generate(m, c, inputs_embeds=embeds))
+
+
+@with_embeds
+def test_generate_continue_from_inputs_embeds(name: str) -> None:
+    """Two turns on one cache, where the first gave embeddings instead of ids."""
+    look_up = model_of(name).get_input_embeddings()
+    embeds = look_up(prompt(2, 20)).detach()
+
+    def run(model: Any, cache: Any) -> Any:
+        first = generate(model, cache, inputs_embeds=embeds, max_new_tokens=3)
+        more = torch.cat([embeds, look_up(first.sequences).detach()], 1)
+        return generate(model, first.past_key_values, inputs_embeds=more, max_new_tokens=5)
+
+    compare(name, run)
 
 
 @models

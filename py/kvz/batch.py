@@ -29,7 +29,7 @@ def attend_many(
     scale: float | None = None,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: int | Sequence[int | None] | None = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -48,8 +48,10 @@ def attend_many(
         On one core, of any shapes and precisions.
     queries : (B, Hq, D) or (B, N, Hq, D) array, or sequence of B arrays (Hq, D) or (N, Hq, D)
         As in `attend`; N may differ between sequences.
-    scale, causal, window, softcap, alibi_slopes, sinks, return_lse, return_mass
+    scale, causal, softcap, alibi_slopes, sinks, return_lse, return_mass
         As in `attend`; the same for all sequences.
+    window : int, or sequence of B ints or None, optional
+        As in `attend`; the same for all sequences, or one for each.
     masks : sequence of B arrays or None, optional
         The `mask` of each sequence.
 
@@ -83,10 +85,18 @@ def attend_many(
     if type(queries) is not np.ndarray or queries.dtype is not F32 or not queries.flags.carray:
         whole = as_float32(queries, "queries") if hasattr(queries, "shape") else None
     scale = None if scale is None else as_number(scale, "scale")
+    windows = None
+    if isinstance(window, (Sequence, np.ndarray)):
+        windows = [
+            None if one is None else as_count(one, "window", 1)
+            for one in _one_per_cache(window, len(caches), "window")
+        ]
+        options = options._replace(window=None)
     one_answer = masks is None and not options.return_lse and not options.return_mass
     if whole is not None and one_answer and _alike(caches, whole):
-        return _attend_alike(core, caches, whole, scale, options)
-    return _attend_each(core, caches, queries if whole is None else whole, scale, options, masks)
+        return _attend_alike(core, caches, whole, scale, options, windows)
+    each = [options._replace(window=one) for one in windows or ()] or [options] * len(caches)
+    return _attend_each(core, caches, queries if whole is None else whole, scale, each, masks)
 
 
 def _attend_each(
@@ -94,7 +104,7 @@ def _attend_each(
     caches: Sequence[BaseCache],
     queries: Any,
     scale: float | None,
-    options: Options,
+    options: Sequence[Options],
     masks: Sequence[Any] | None,
 ) -> Any:
     """Attend with options, or with arrays of any kind."""
@@ -102,16 +112,16 @@ def _attend_each(
     each = _one_per_cache(queries, count, "queries")
     masked = [None] * count if masks is None else _one_per_cache(masks, count, "masks")
     with ExitStack() as held:
-        if masks is not None or options.return_mass:
+        if masks is not None or options[0].return_mass:
             _lock(held, caches)  # no append may come in between
         calls: list[Call] = []
         prepared: list[tuple[Any, Arrays]] = []
         for i, (cache, query, mask) in enumerate(zip(caches, each, masked, strict=True)):
             with _blame(i):
                 pointer = held.enter_context(cache._handle)
-                live = options.return_mass or mask is not None
+                live = options[i].return_mass or mask is not None
                 call = _call(cache, pointer, query, scale, live)
-                prepared.append(prepare(core, call, options._replace(mask=mask)))
+                prepared.append(prepare(core, call, options[i]._replace(mask=mask)))
             calls.append(call)
         outs: Any = [call.out for call in calls]
         if isinstance(queries, np.ndarray) and len({out.shape for out in outs}) == 1:
@@ -119,9 +129,9 @@ def _attend_each(
             calls = [call._replace(out=out) for call, out in zip(calls, outs, strict=True)]
         _attend(core, calls, prepared)
     results = [outs]
-    if options.return_lse:
+    if options[0].return_lse:
         results.append([arrays.lse for _, arrays in prepared])
-    if options.return_mass:
+    if options[0].return_mass:
         results.append([arrays.mass for _, arrays in prepared])
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -141,8 +151,9 @@ def _attend_alike(
     queries: Floats,
     scale: float | None,
     options: Options,
+    windows: Sequence[int | None] | None,
 ) -> Floats:
-    """Attend where all addresses are steps from the first, and options are shared: fast."""
+    """Attend where all addresses are steps from the first, and all options but windows shared."""
     shape = queries.shape
     scale = caches[0]._scale if scale is None else scale
     out: Floats = np.empty((*shape[:-1], caches[0]._value_dim), F32)
@@ -154,11 +165,17 @@ def _attend_alike(
     items["query_tokens"] = shape[1] if len(shape) == 4 else 1
     items["query_heads"] = shape[-2]
     items["scale"] = scale
+    kept: list[Any] = []  # until the call is over
 
     def lend_all(frame: Frame) -> None:
         if shared is not None:
             lend(core, frame, *shared)
-            items["options"] = frame.ref(shared[0])
+            one = np.frombuffer(shared[0], _dtype(core, "AttendOptions"))
+            each = np.repeat(one, len(caches))
+            if windows is not None:
+                each["window"] = [window or 0 for window in windows]
+            _steps(items, "options", put(frame, each), each)
+            kept.append(each)
         _steps(items, "query", put(frame, queries), queries)
         _steps(items, "out", take(frame, out), out)
 

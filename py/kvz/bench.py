@@ -140,7 +140,7 @@ def run(settings: Settings) -> None:
     caption = (
         f"{settings.heads} query heads over {settings.kv_heads} kv heads of {settings.head_dim}, "
         f"{settings.tokens:,} tokens, not in the\nprocessor's caches; {now.core} core, {now.isa}, "
-        f"{now.num_threads} threads. Memory is read at {memory / 1e9:.1f} GB/s here."
+        f"threads: {now.num_threads}. Memory is read at {memory / 1e9:.1f} GB/s here."
     )
     print_table(HEAD, [row.cells(memory) for row in rows], caption)
 

@@ -55,7 +55,7 @@ def tiers(caches: Any, ax: Any = None) -> Any:
         below = below + sizes
     ax.set_xlabel("layer")
     ax.set_ylabel("MiB")
-    ax.legend()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(COLORS), frameon=False)
     return ax
 
 
@@ -99,6 +99,8 @@ def error_by_age(cache: Any, keys: Any, values: Any, ax: Any = None) -> Any:
 def kl_against_bits(rows: Iterable[Mapping[str, Any]], ax: Any = None) -> Any:
     """Draw fidelity against size: one point for each format.
 
+    Formats without any divergence, which a logarithm cannot show, lie below all others as "exact".
+
     Parameters
     ----------
     rows : iterable of mappings
@@ -111,10 +113,15 @@ def kl_against_bits(rows: Iterable[Mapping[str, Any]], ax: Any = None) -> Any:
     matplotlib axes
     """
     ax = _axes(ax)
-    for row in rows:
-        ax.plot(row["bits_per_value"], max(row["kl"], 1e-9), "o", color=COLORS["store"])
-        ax.annotate(f" {row['store']}", (row["bits_per_value"], max(row["kl"], 1e-9)))
+    listed = list(rows)
+    exact = min((row["kl"] for row in listed if row["kl"] > 0), default=1.0) / 10
+    for row in listed:
+        kl, name = (row["kl"], row["store"]) if row["kl"] > 0 else (exact, f"{row['store']}, exact")
+        ax.plot(row["bits_per_value"], kl, "o", color=COLORS["store"])
+        at, offset = (row["bits_per_value"], kl), (0, 6)
+        ax.annotate(name, at, offset, textcoords="offset points", ha="center")
     ax.set_yscale("log")
+    ax.margins(x=0.15, y=0.15)
     ax.set_xlabel("bits per value")
     ax.set_ylabel("mean KL divergence per token, nats")
     return ax

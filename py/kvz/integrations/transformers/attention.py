@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from kvz.batch import attend_many
 from kvz.errors import UnsupportedError
-from kvz.integrations.transformers.mask import row_mask
+from kvz.integrations.transformers.mask import newest_windows, row_mask
 from kvz.integrations.transformers.states import PackedStates
 
 if TYPE_CHECKING:
@@ -87,8 +87,11 @@ def _over_packed(
 ) -> NDArray[np.float32]:
     """Attend over all sequences, in one call: (batch, queries, query heads, value dim)."""
     rows, masks = layer.rows, None
-    window = sliding_window or layer.sliding_window
-    if attention_mask is not None:
+    window: Any = sliding_window or layer.sliding_window
+    padding = newest_windows(attention_mask, queries.shape[1], len(rows), window)
+    if padding is not None:
+        window = padding[0] if len(rows) == 1 else padding
+    elif attention_mask is not None:
         seen = [
             row_mask(attention_mask, number, len(row), window, causal)
             for number, row in enumerate(rows)

@@ -72,6 +72,41 @@ def is_causal_or_sliding(function: Callable[..., Any]) -> bool:
     )
 
 
+def newest_windows(
+    given: torch.Tensor | None, queries: int, rows: int, window: int | None
+) -> list[int] | None:
+    """Say padding on the left, as one query of each sequence sees it, by windows.
+
+    That is quicker than a mask, and what is hidden is not even read.
+
+    Parameters
+    ----------
+    given : (batch or 1, heads or 1, queries or 1, keys) bool or float, optional
+    queries : int
+        Of each sequence.
+    rows : int
+        Sequences.
+    window : int, optional
+        The window of the layer.
+
+    Returns
+    -------
+    list of int, optional
+        None where there is no mask, or one that a window cannot say.
+    """
+    if given is None or queries != 1 or given.dtype != torch.bool or given.shape[1:3] != (1, 1):
+        return None
+    mask = given.numpy()[:, 0, 0]
+    seen = np.count_nonzero(mask, axis=1)
+    if (
+        not seen.all()
+        or not (mask.argmax(axis=1) + seen == mask.shape[1]).all()
+        or len(mask) != rows
+    ):
+        return None
+    return [int(count) for count in (seen if window is None else np.minimum(seen, window))]
+
+
 class RowMask(NamedTuple):
     """What one sequence may see.
 
