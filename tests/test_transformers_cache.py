@@ -6,6 +6,7 @@ And what is refused: a model, an option or a cache that kvz cannot serve says so
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,16 @@ def test_config_attn_implementation_setter() -> None:
     cache = KvzCache(model.config)
     out = model.generate(prompt(1, 4), past_key_values=cache, max_new_tokens=2, do_sample=False)
     assert out.shape == (1, 6)
+
+
+def test_the_cache_under_its_new_name() -> None:
+    """`cache`, where transformers calls it so."""
+    if "cache" not in inspect.signature(hf.GenerationMixin.generate).parameters:
+        pytest.skip("this transformers calls it past_key_values")
+    model, ids = model_of("llama"), prompt(1, 9)
+    cache = cache_for(model)
+    model.generate(ids, cache=cache, max_new_tokens=2, do_sample=False)
+    assert cache.get_seq_length() == 10
 
 
 def test_the_two_lines_of_the_readme() -> None:
