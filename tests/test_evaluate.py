@@ -21,7 +21,7 @@ from kvz.demo.run import TEXT_FILE, load_model
 from kvz.evaluate import report, run, tasks
 from kvz.evaluate.measure import summarize
 from kvz.evaluate.peers import PAGE, PEERS, Peer, signed
-from kvz.evaluate.streams import KvzStream, PeerStream, Setting, boundaries
+from kvz.evaluate.streams import KvzStream, PeerStream, Setting, boundaries, configs
 
 BOUNDS = Path(__file__).parent / "data" / "fidelity_bounds.json"
 SHAPE = Shape(
@@ -68,7 +68,7 @@ def test_runs_of_queries_cover_the_sequence_and_never_mix_boundaries(tail):
 def test_a_stream_gives_the_bits_of_decoding_token_by_token(sequence, store, core):
     query, keys, values = sequence
     setting = Setting(tail=64, sinks=4, core=core)
-    stream = KvzStream(SHAPE, store, setting, BufferPool(core=core))
+    stream = KvzStream(configs(SHAPE, store, setting)[0], BufferPool(core=core))
     stream.append(keys, values)
     at_once = stream.attend(query)
     cache = TwoTierCache(stream.cache.config, core=core)
@@ -83,7 +83,7 @@ def test_a_simulated_format_that_rounds_nothing_is_the_exact_cache(sequence, sin
     setting = Setting(tail=64, sinks=sinks)
     nothing = Peer(name="", keys=np.copy, values=np.copy, key_bits=32, value_bits=32)
     simulated = PeerStream(nothing, setting)
-    exact = KvzStream(SHAPE, "f32", setting, BufferPool())
+    exact = KvzStream(configs(SHAPE, "f32", setting)[0], BufferPool())
     for stream in (simulated, exact):
         stream.append(keys, values)
     assert relative_error(simulated.attend(query), exact.attend(query)) < 1e-6
@@ -102,7 +102,7 @@ def test_only_what_is_older_than_the_tail_and_no_sink_is_stored(sequence):
     stream.append(keys, values)
     out = stream.attend(query)
     assert seen == [60, 64, 64, 64] * 2  # 300 tokens are four whole pages, of each head
-    exact = KvzStream(SHAPE, "f32", setting, BufferPool())
+    exact = KvzStream(configs(SHAPE, "f32", setting)[0], BufferPool())
     exact.append(keys, values)
     same = np.isclose(out, exact.attend(query), atol=1e-5).all(axis=(1, 2))
     assert same[:127].all()  # until 64 newer tokens stand behind the first 64

@@ -15,6 +15,7 @@ from typing import Any
 
 PRECISIONS = ("f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
 CORES = ("native", "wasm")
+STORE_HELP = "q4, q8, f16, ..., q8/q4, a preset such as balanced (default: q4)"
 DEMO_PACKAGES = ("gguf", "tokenizers", "platformdirs")
 
 
@@ -112,8 +113,8 @@ def add_demo(commands: Any) -> None:
         "--store",
         type=store,
         metavar="FORMAT",
-        help="measure only this store, and answer with it: q4, q8, f16, ... or q8/q4 for keys and "
-        "values (default: measure all and answer with q4)",
+        help="measure only this store, and answer with it: q4, q8, f16, ..., q8/q4 for keys and "
+        "values, a preset such as balanced (default: measure all and answer with q4)",
     )
     option("--tokens", type=count, metavar="N", help="the longest answer (default: 64)")
     option("--tail", type=count, metavar="N", help="newest tokens kept in f16 (default: 128)")
@@ -148,7 +149,7 @@ def add_chat(commands: Any) -> None:
         epilog='Needs `pip install "kvz[demo]"`, and fetches the model like `kvz demo`.',
     )
     option = chat.add_argument
-    option("--store", type=store, metavar="FORMAT", help="q4, q8, f16, ... or q8/q4 (default: q4)")
+    option("--store", type=store, metavar="FORMAT", help=STORE_HELP)
     option("--tokens", type=count, metavar="N", help="the longest answer (default: 256)")
     option("--tail", type=count, metavar="N", help="newest tokens kept in f16 (default: 128)")
     option("--sinks", type=count, metavar="N", help="first tokens kept in f16 (default: 4)")
@@ -192,6 +193,14 @@ def add_plan(commands: Any) -> None:
     option("--memory", type=size, metavar="SIZE", help="also say what fits: 8GB, 512MiB, ...")
     option("--tail", type=count, metavar="N", default=256, help="tail_length (default: 256)")
     option("--sinks", type=count, metavar="N", default=0, help="sink_tokens (default: 0)")
+    option(
+        "--store",
+        type=store,
+        action="append",
+        dest="stores",
+        metavar="FORMAT",
+        help="only this: q4, q8/q4, a preset such as balanced; may be repeated",
+    )
     option("--json", action="store_true", dest="as_json", help="print a JSON object")
     plan.set_defaults(run=run_plan)
 
@@ -214,7 +223,7 @@ def run_plan(options: argparse.Namespace) -> int:
         raise InvalidArgumentError("model: expected one, or --layers, --kv-heads and --head-dim")
     names = ("context", "batch", "tail", "sinks", "memory")
     given = {name: getattr(options, name) for name in names}
-    rows = plan_rows(layers, **given)
+    rows = plan_rows(layers, **given, **({"stores": options.stores} if options.stores else {}))
     if options.as_json:
         result = {"layers": list(map(asdict, layers)), **given, "rows": list(map(asdict, rows))}
         print(json.dumps(result, indent=2))
@@ -337,14 +346,24 @@ def run_completion(options: argparse.Namespace) -> int:
 # -- Values of options -----------------------------------------------------------------------------
 
 
-def store(text: str) -> str | tuple[str, str]:
-    """Read the name of a store: one precision, or those of keys and values."""
-    names = text.split("/")
-    if len(names) > 2 or not set(names) <= set(PRECISIONS):
+def store(text: str) -> Any:
+    """Read the name of a store.
+
+    It is one precision, or those of keys and values, or several of these, which the layers take in
+    turn, or a preset.
+    """
+    from kvz import presets
+
+    if text in (names := [each.name for each in presets.ALL]):
+        return presets.find(text)
+    found = tuple(part.split("/") for part in text.split(","))
+    if any(len(pair) > 2 or not set(pair) <= set(PRECISIONS) for pair in found):
         raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(PRECISIONS)}, or two like q8/q4, got {text!r}"
+            f"expected one of {', '.join(PRECISIONS)}; two like q8/q4 for keys and values; several "
+            f"like q5k/q4k,q4k for layers in turn; or {', '.join(names)}; got {text!r}"
         )
-    return text if len(names) == 1 else (names[0], names[1])
+    stores: Any = tuple(pair[0] if len(pair) == 1 else tuple(pair) for pair in found)
+    return stores[0] if len(stores) == 1 else presets.Preset(name=text, stores=stores)
 
 
 def count(text: str) -> int:
@@ -375,7 +394,8 @@ def add_eval(commands: Any) -> None:
         action="append",
         dest="stores",
         metavar="FORMAT",
-        help="measure only this store: q4, q8, ... or q8/q4 for keys and values; may be repeated",
+        help="measure only this store: q4, q8, ..., q8/q4 for keys and values, several such with "
+        "commas for layers in turn, a preset such as balanced; may be repeated",
     )
     option(
         "--no-peers",

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError
+from kvz.presets import Preset, Store, as_preset
 
-Store = str | tuple[str, str]
 STORES: tuple[Store, ...] = (
     "f32",
     "f16",
@@ -206,12 +206,15 @@ def plan_rows(
     """Work out a table, one row for each store."""
     rows = []
     for store in stores:
-        pairs = [(one, _config(one, store, tail, sinks)) for one in layers]
+        preset = as_preset(store)
+        pairs = [
+            each for one in layers for each in _configs(one, preset, tail_length=tail, sinks=sinks)
+        ]
         needed = partial(_bytes_of_all, pairs, batch)
         per_token = sum(one.count * config.store_bytes_per_token for one, config in pairs)
         rows.append(
             Row(
-                store=store if isinstance(store, str) else "/".join(store),
+                store=preset.name,
                 bytes_per_token=per_token,
                 cache_bytes=needed(context),
                 tokens_per_gb=10**9 // per_token,
@@ -225,16 +228,25 @@ def _bytes_of_all(pairs: Sequence[tuple[Layers, CacheConfig]], batch: int, token
     return batch * sum(one.count * _bytes(one, config, tokens) for one, config in pairs)
 
 
-def _config(layers: Layers, store: Any, tail: int, sinks: int) -> CacheConfig:
-    return CacheConfig(
-        num_kv_heads=layers.num_kv_heads,
-        head_dim=layers.head_dim,
-        max_tokens=1 << 40,
-        tail_length=tail,
-        tail_precision="f32" if store == "f32" else "f16",
-        store_precision=store,
-        sink_tokens=0 if layers.window else sinks,
-    )
+def _configs(
+    layers: Layers, preset: Preset, *, tail_length: int, sinks: int
+) -> Iterator[tuple[Layers, CacheConfig]]:
+    """Give those of the layers that are stored alike; layers of one kind take stores in turn."""
+    for index, store in enumerate(preset.stores):
+        count = len(range(index, layers.count, len(preset.stores)))
+        if count:
+            yield (
+                replace(layers, count=count),
+                preset.config(
+                    index,
+                    num_kv_heads=layers.num_kv_heads,
+                    head_dim=layers.head_dim,
+                    max_tokens=1 << 40,
+                    tail_length=tail_length,
+                    tail_precision="f32" if store == "f32" else "f16",
+                    sink_tokens=0 if layers.window else sinks,
+                ),
+            )
 
 
 def _bytes(layers: Layers, config: CacheConfig, tokens: int) -> int:

@@ -17,10 +17,12 @@ import numpy as np
 
 import kvz
 from kvz.demo import fetch
+from kvz.demo.evaluate import store_configs
 from kvz.demo.report import store_name
 from kvz.demo.run import leave_a_core_to_others, load_model
 from kvz.demo.tokenizer import TextStream
 from kvz.errors import InvalidArgumentError, KvzError, SnapshotMismatchError
+from kvz.presets import Store
 from kvz.stats import format_bytes
 
 SYSTEM = (
@@ -60,7 +62,7 @@ class Settings:
         Print one JSON object for each turn.
     """
 
-    store: Any = "q4"
+    store: Store = "q4"
     tokens: int = 256
     tail: int = 128
     sinks: int = 4
@@ -110,16 +112,10 @@ class Chat:
     def __init__(self, model: Any, settings: Settings, name: str = "") -> None:
         self.model, self.settings, self.name = model, settings, name
         shape = model.shape
-        self.caches = kvz.ModelCache(
-            num_layers=shape.num_layers,
-            core=settings.core,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            max_tokens=shape.max_tokens,
-            tail_length=settings.tail,
-            store_precision=settings.store,
-            sink_tokens=settings.sinks,
+        configs = store_configs(
+            shape, settings.store, tail_length=settings.tail, sink_tokens=settings.sinks
         )
+        self.caches = kvz.ModelCache(configs, core=settings.core)
         self.turns: list[int] = []  # where each began
         self.unread = SYSTEM  # what comes before the next thing that is read
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import kvz
 from kvz.demo.model import Floats, Shape, SmolLM2
-
-Store: TypeAlias = str | tuple[str, str]  # of keys and values, or (of keys, of values)
+from kvz.presets import Store, as_preset
 
 PREFILL_CHUNK = 128
 SCORE_CHUNK = 32
@@ -59,16 +58,19 @@ def make_caches(
 ) -> list[TimedCache]:
     """Make the caches of all layers, on one pool; with the store "f32" nothing is rounded."""
     pool = kvz.BufferPool(core=core)
-    config: dict[str, Any] = {
+    configs = store_configs(shape, store, tail_length=tail, sink_tokens=sinks)
+    return [TimedCache(kvz.TwoTierCache(config, pool=pool)) for config in configs]
+
+
+def store_configs(shape: Shape, store: Store, **fields: Any) -> tuple[kvz.CacheConfig, ...]:
+    """Return the configurations of all layers; with the store "f32" nothing is rounded."""
+    fields |= {
         "num_kv_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "max_tokens": shape.max_tokens,
-        "tail_length": tail,
         "tail_precision": "f32" if store == "f32" else "f16",
-        "store_precision": store,
-        "sink_tokens": sinks,
     }
-    return [TimedCache(kvz.TwoTierCache(pool=pool, **config)) for _ in range(shape.num_layers)]
+    return as_preset(store).configs(shape.num_layers, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)

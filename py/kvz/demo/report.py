@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from kvz.presets import Store, as_preset
+
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
@@ -44,6 +46,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str
     print(f"\n{caption}")
 
 
-def store_name(store: str | tuple[str, str]) -> str:
-    """Return "q4", or "q8/q4" for a pair."""
-    return store if isinstance(store, str) else "/".join(store)
+def store_name(store: Store) -> str:
+    """Return "q4", or "q8/q4" for a pair, or the name of a preset."""
+    return as_preset(store).name

@@ -24,7 +24,6 @@ from kvz.demo import fetch, report
 from kvz.demo.evaluate import (
     Cost,
     Fidelity,
-    Store,
     TimedCache,
     compare,
     make_caches,
@@ -34,6 +33,7 @@ from kvz.demo.evaluate import (
 from kvz.demo.model import Floats, SmolLM2
 from kvz.demo.tokenizer import TextStream
 from kvz.errors import InvalidArgumentError
+from kvz.presets import Store
 
 TEXT_FILE = Path(__file__).parent / "data" / "alice.txt"
 BLAS_VARIABLES = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kvz
-from kvz.demo.evaluate import Store, log_softmax
+from kvz.demo.evaluate import log_softmax
 from kvz.demo.model import Cache, Floats, SmolLM2
 from kvz.evaluate.peers import Peer
-from kvz.evaluate.streams import KvzStream, PeerStream, Setting
+from kvz.evaluate.streams import KvzStream, PeerStream, Setting, configs
 from kvz.evaluate.tasks import Task
+from kvz.presets import Store
 
 VALUES_MEASURED = 256  # tokens, four pages: what a store's bits are counted on
 
@@ -79,11 +80,10 @@ class Row:
 
 def streams(model: SmolLM2, what: Store | Peer, setting: Setting) -> list[Cache]:
     """Make the caches of all layers."""
-    layers = range(model.shape.num_layers)
     if isinstance(what, Peer):
-        return [PeerStream(what, setting) for _ in layers]
+        return [PeerStream(what, setting) for _ in range(model.shape.num_layers)]
     pool = kvz.BufferPool(core=setting.core)
-    return [KvzStream(model.shape, what, setting, pool) for _ in layers]
+    return [KvzStream(config, pool) for config in configs(model.shape, what, setting)]
 
 
 def predict(model: SmolLM2, task: Task, caches: Sequence[Cache]) -> Floats:
@@ -155,10 +155,11 @@ def bits_per_value(model: SmolLM2, what: Store | Peer, setting: Setting) -> floa
     """Bits per packed value: of a real store by its bytes, of a simulated format by its formula."""
     if isinstance(what, Peer):
         return what.bits_per_value
-    stream = KvzStream(model.shape, what, setting, kvz.BufferPool(core=setting.core))
+    layers = kvz.ModelCache(configs(model.shape, what, setting), core=setting.core)
     tokens = VALUES_MEASURED + setting.tail
     rows = np.zeros((tokens, model.shape.num_kv_heads, model.shape.head_dim), np.float32)
-    stream.cache.append(rows, rows)
-    stats = stream.cache.stats()
+    for cache in layers:
+        cache.append(rows, rows)
+    store_bytes = sum(cache.stats().store_bytes for cache in layers)
     values = VALUES_MEASURED * model.shape.num_kv_heads * model.shape.head_dim * 2
-    return stats.store_bytes * 8 / values
+    return store_bytes * 8 / values / len(layers)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import kvz
+from kvz import presets
 from kvz.demo import fetch
-from kvz.demo.evaluate import Store
 from kvz.demo.model import SmolLM2
 from kvz.demo.report import print_table, progress, store_name
 from kvz.demo.run import TEXT_FILE, leave_a_core_to_others, load_model
@@ -22,6 +22,7 @@ from kvz.evaluate.measure import Outcome, Row
 from kvz.evaluate.peers import PEERS, Peer
 from kvz.evaluate.streams import Setting
 from kvz.evaluate.tasks import DEPTHS, tasks
+from kvz.presets import Store
 
 EXACT = "exact"
 STORES: tuple[Store, ...] = (
@@ -35,6 +36,7 @@ STORES: tuple[Store, ...] = (
     "q4k",
     "q3k",
     "q2k",
+    *presets.ALL,
 )
 QUICK_TOKENS = 512
 

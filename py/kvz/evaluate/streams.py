@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import kvz
-from kvz.demo.evaluate import Store
+from kvz.demo.evaluate import store_configs
 from kvz.demo.model import Floats, Shape
 from kvz.evaluate.peers import PAGE, Peer
+from kvz.presets import Store
 
 
 class Setting(NamedTuple):
@@ -60,23 +61,24 @@ def boundaries(tokens: int, tail: int) -> Iterator[tuple[int, int, int]]:
         start = stop
 
 
+def configs(shape: Shape, store: Store, setting: Setting) -> tuple[kvz.CacheConfig, ...]:
+    """Return the configurations of all layers."""
+    rotation = {} if setting.rotation == "auto" else {"rotation": setting.rotation}
+    return store_configs(
+        shape,
+        store,
+        tail_length=setting.tail,
+        sink_tokens=setting.sinks,
+        migration_batch=PAGE,
+        **rotation,
+    )
+
+
 class KvzStream:
     """A `kvz.TwoTierCache` that is given each run of tokens, and asked with it, in turn."""
 
-    def __init__(self, shape: Shape, store: Store, setting: Setting, pool: kvz.BufferPool) -> None:
-        config: dict[str, Any] = {
-            "num_kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "max_tokens": shape.max_tokens,
-            "tail_length": setting.tail,
-            "tail_precision": "f32" if store == "f32" else "f16",
-            "store_precision": store,
-            "sink_tokens": setting.sinks,
-            "migration_batch": PAGE,
-            "rotation": setting.rotation,
-        }
-        self.cache = kvz.TwoTierCache(pool=pool, **config)
-        self._tail = setting.tail
+    def __init__(self, config: kvz.CacheConfig, pool: kvz.BufferPool) -> None:
+        self.cache = kvz.TwoTierCache(config, pool=pool)
         self._rows: tuple[Floats, Floats] | None = None
 
     @property
@@ -93,7 +95,7 @@ class KvzStream:
         assert self._rows is not None, "append first"
         keys, values = self._rows
         pieces = []
-        for start, stop, _ in boundaries(len(query), self._tail):
+        for start, stop, _ in boundaries(len(query), self.cache.config.tail_length):
             self.cache.append(keys[start:stop], values[start:stop])
             pieces.append(self.cache.attend(query[start:stop]))
         return np.concatenate(pieces)

@@ -29,6 +29,7 @@ from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError, UnsupportedError
 from kvz.integrations.align import align_mask
 from kvz.pool import BufferPool
+from kvz.presets import Preset, layer_configs
 
 _TOKENS_MAX = 1 << 40
 _SLIDE_TOKENS = 64  # that come between two times that a window slides
@@ -198,6 +199,7 @@ def make_prompt_cache(
     *,
     pool: BufferPool | None = None,
     core: str | None = None,
+    preset: Preset | str | None = None,
     **config_fields: Any,
 ) -> list[KvzPromptCache]:
     """Switch the attention of a model's modules to kvz and return a cache for each layer.
@@ -208,6 +210,8 @@ def make_prompt_cache(
         A language model of mlx-lm.
     pool : BufferPool, optional
     core : {"native", "wasm"}, optional
+    preset : Preset or str, optional
+        The formats of all layers, one of `kvz.presets` or its name, instead of `store_precision`.
     **config_fields
         Fields of `kvz.CacheConfig`, such as `store_precision`.
 
@@ -228,8 +232,11 @@ def make_prompt_cache(
         raise UnsupportedError(f"model: it wants caches of the kind {', '.join(kinds)}")
     if any(getattr(one, "keep", 0) for one in wanted):
         raise UnsupportedError("model: it wants caches that keep the first tokens of a window")
-    config = CacheConfig(num_kv_heads=1, head_dim=1, **{"max_tokens": _TOKENS_MAX, **config_fields})
-    made = [KvzPromptCache(config, getattr(one, "max_size", None), pool, core) for one in wanted]
+    fields = {"num_kv_heads": 1, "head_dim": 1, "max_tokens": _TOKENS_MAX, **config_fields}
+    made = [
+        KvzPromptCache(config, getattr(one, "max_size", None), pool, core)
+        for one, config in zip(wanted, layer_configs(len(wanted), preset, **fields), strict=True)
+    ]
     _switch_attention(model)
     return made
 

@@ -18,6 +18,7 @@ from kvz.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from kvz.html import layers_html
 from kvz.integrations.transformers.layer import KvzLayer
 from kvz.pool import BufferPool
+from kvz.presets import Preset, layer_configs
 from kvz.stats import CacheStats, format_bytes
 
 #: The name of the attention implementation: ``model.set_attn_implementation("kvz")``.
@@ -42,6 +43,8 @@ class KvzCache(Cache):
     pool : BufferPool, optional
         Where the memory comes from; its limit is the limit of this cache.
     core : {"native", "wasm"}, optional
+    preset : Preset or str, optional
+        The formats of all layers, one of `kvz.presets` or its name, instead of `store_precision`.
     **config_fields
         Fields of `kvz.CacheConfig`: `store_precision`, `tail_length`, `sink_tokens`, ...
 
@@ -75,6 +78,7 @@ class KvzCache(Cache):
         *,
         pool: BufferPool | None = None,
         core: str | None = None,
+        preset: Preset | str | None = None,
         **config_fields: Any,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -84,13 +88,15 @@ class KvzCache(Cache):
         text_config = config.get_text_config(decoder=True)
         _check_model(config, text_config)
         _check_fields(config_fields)
-        given = CacheConfig(num_kv_heads=1, head_dim=1, max_tokens=_TOKENS_MAX, **config_fields)
-        TwoTierCache(given, pool=pool, core=core).close()  # refuses a wrong pool or core now
         types, arguments = get_layer_types_and_kwargs(text_config)
         _check_layer_types(types)
+        fields = {"num_kv_heads": 1, "head_dim": 1, "max_tokens": _TOKENS_MAX, **config_fields}
+        given = layer_configs(max(1, sum(kind in _OURS for kind in types)), preset, **fields)
+        TwoTierCache(given[0], pool=pool, core=core).close()  # refuses a wrong pool or core now
+        own = iter(given)
         super().__init__(
             layers=[
-                KvzLayer(given, argument.get("sliding_window"), pool, core)
+                KvzLayer(next(own), argument.get("sliding_window"), pool, core)
                 if kind in _OURS
                 else DYNAMIC_LAYER_TYPE_MAPPING[kind](**argument)
                 for kind, argument in zip(types, arguments, strict=True)
