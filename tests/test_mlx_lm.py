@@ -119,6 +119,14 @@ def test_packed_storage_is_packed() -> None:
     assert 0 < cache[0].nbytes < 4 * 69 * 2 * 2 * 16 * 4
 
 
+def test_layers_take_the_formats_of_a_preset() -> None:
+    """In turn."""
+    model = model_of("llama")
+    cache = make_prompt_cache(model, preset="balanced", tail_length=8, migration_batch=8)
+    greedy(model, cache)
+    assert [each.rows[0].config.key_precision for each in cache] == ["q5k", "q4k"] * 2
+
+
 def test_speculative_decoding() -> None:
     """Rejected tokens are trimmed and leave no trace."""
     model = model_of("llama")

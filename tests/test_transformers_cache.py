@@ -98,6 +98,22 @@ def test_hybrid_cache() -> None:
     assert [layer.get_mask_sizes(1) for layer in cache.layers] == [(16, 26), (42, 0)]
 
 
+def test_layers_take_the_formats_of_a_preset() -> None:
+    """In turn, those with a window too, which have no sinks; a format beside it is refused."""
+    model = model_of("gemma2")
+    cache = cache_for(model, preset="balanced", tail_length=8)
+    with torch.no_grad():
+        model(prompt(1, 40), past_key_values=cache)
+    configs = [layer.rows[0].config for layer in cache.layers]
+    assert [config.key_precision for config in configs] == ["q5k", "q4k"]
+    assert [config.sink_tokens for config in configs] == [0, 4]
+    assert {config.tail_length for config in configs} == {8}
+    with pytest.raises(kvz.ConfigError, match="the preset balanced says it"):
+        cache_for(model, preset=kvz.presets.BALANCED, store_precision="q4")
+    with pytest.raises(kvz.InvalidArgumentError, match="got 'huge'"):
+        cache_for(model, preset="huge")
+
+
 def test_reorder_repeat_and_select(core: str) -> None:
     """Sequences are chosen by number; repeated ones share their pages."""
     layer = layer_of(store="q4", core=core)
