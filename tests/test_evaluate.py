@@ -152,6 +152,11 @@ def test_tasks_that_do_not_fit_are_refused(model, tokens):
         tasks.tasks(model, TEXT_FILE.read_text(encoding="utf-8"), tokens=tokens, windows=1)
 
 
+def test_more_needles_than_there_are_places_for_are_refused(model):
+    with pytest.raises(ValueError, match="needles: expected 0 to 5, got 6"):
+        run.evaluate(run.Settings(needles=6), model)
+
+
 # -- Bounds ----------------------------------------------------------------------------------------
 
 
@@ -175,7 +180,7 @@ def broken_q4(rows):
 
 def test_every_format_keeps_its_bounds_and_a_broken_one_does_not(model):
     bounds = json.loads(BOUNDS.read_text())
-    stores = tuple(tuple(name.split("/")) if "/" in name else name for name in bounds)
+    stores = tuple(map(cli.store, bounds))
     broken = Peer(name="broken", keys=broken_q4, values=broken_q4, key_bits=4.5, value_bits=4.5)
     settings = run.Settings(stores=stores, peers=False, quick=True)
     rows, _ = run.evaluate(settings, model, [broken])

@@ -407,6 +407,7 @@ def add_eval(commands: Any) -> None:
     option("--text", type=Path, metavar="FILE", help="default: the beginning of Alice")
     option("--tokens", type=count, metavar="N", help="length of a task (default: 1536)")
     option("--windows", type=count, metavar="N", help="pieces of the text (default: 2)")
+    option("--needles", type=count, metavar="N", help="codes hidden, 0 to 5 (default: 5)")
     option("--tail", type=count, metavar="N", help="newest tokens kept exact (default: 64)")
     option("--sinks", type=count, metavar="N", help="first tokens kept exact (default: 4)")
     option("--rotation", choices=("auto", "on", "off"), help="of kvz's formats (default: auto)")

@@ -25,6 +25,9 @@ HEAD = (
     "needle\nKL",
     "codes\nfound",
 )
+TITLE = "SmolLM2-135M: what packing the KV cache changes"
+UNPACKED_BITS = 16  # formats of so many bits would take most of the plot, and show nothing
+LABEL_WIDTH, LABEL_HEIGHT = 45, 9  # points
 KVZ_COLOR, PEER_COLOR = "#1b6ca8", "#8a8f98"
 
 
@@ -101,30 +104,46 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
-    for simulated, color, marker, label in (
-        (True, PEER_COLOR, "s", "other projects, simulated"),
-        (False, KVZ_COLOR, "o", "kvz"),
-    ):
-        shown = [row for row in rows if row.simulated == simulated and row.kl > 0]
-        bits, kl = [row.bits_per_value for row in shown], [row.kl for row in shown]
-        axes.scatter(bits, kl, c=color, marker=marker, label=label, zorder=3)
-        for row in shown:
-            offset = (6, 4) if simulated else (-6, -11)
-            side = "left" if simulated else "right"
-            axes.annotate(
-                row.name,
-                (row.bits_per_value, row.kl),
-                xytext=offset,
-                textcoords="offset points",
-                ha=side,
-                fontsize=8,
-                color=color,
-            )
     axes.set_yscale("log")
     axes.margins(x=0.15)  # room for names
+    packed = [row for row in rows if row.kl > 0 and row.bits_per_value < UNPACKED_BITS]
+    sides = [
+        ([row for row in packed if row.simulated], PEER_COLOR, "s", "other projects, simulated"),
+        ([row for row in packed if not row.simulated], KVZ_COLOR, "o", "kvz"),
+    ]
+    for shown, color, marker, label in sides:
+        bits, kl = [row.bits_per_value for row in shown], [row.kl for row in shown]
+        axes.scatter(bits, kl, c=color, marker=marker, label=label, zorder=3)
     axes.set_xlabel("bits per value of the packed tokens, scales and offsets included")
     axes.set_ylabel("mean KL divergence per token, nats")
-    axes.set_title("SmolLM2-135M: what packing the KV cache changes")
+    axes.set_title(TITLE)
     axes.grid(True, which="major", color="#e4e6ea", zorder=0)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.draw_without_rendering()  # so that it is known where the points are
+    for shown, color, *_ in sides:
+        label_points(axes, shown, color)
+    # A date would make every drawing of the same figures another file.
+    about = {"Title": TITLE, **({"Date": None} if path.suffix == ".svg" else {})}
+    figure.savefig(path, dpi=150, metadata=about)
+
+
+def label_points(axes: Any, rows: Sequence[Row], color: str) -> None:
+    """Write names beside their points: ours to the left, others to the right, none over another."""
+    points_per_pixel = 72 / axes.figure.dpi
+    taken: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: -row.kl):
+        x, y = axes.transData.transform((row.bits_per_value, row.kl)) * points_per_pixel
+        wanted = y + (4 if row.simulated else -11)
+        for other_x, other_y in taken:  # from the top down
+            if abs(x - other_x) < LABEL_WIDTH and wanted > other_y - LABEL_HEIGHT:
+                wanted = other_y - LABEL_HEIGHT
+        taken.append((x, wanted))
+        axes.annotate(
+            row.name,
+            (row.bits_per_value, row.kl),
+            xytext=(6 if row.simulated else -6, wanted - y),
+            textcoords="offset points",
+            ha="left" if row.simulated else "right",
+            fontsize=8,
+            color=color,
+        )

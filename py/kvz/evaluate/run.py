@@ -21,7 +21,7 @@ from kvz.evaluate import measure, report
 from kvz.evaluate.measure import Outcome, Row
 from kvz.evaluate.peers import PEERS, Peer
 from kvz.evaluate.streams import Setting
-from kvz.evaluate.tasks import DEPTHS, tasks
+from kvz.evaluate.tasks import CODES, depths_of, tasks
 from kvz.presets import Store
 
 EXACT = "exact"
@@ -29,7 +29,7 @@ STORES: tuple[Store, ...] = (
     "f16",
     "q8",
     ("q8", "q4"),
-    ("q6k", "q5k"),
+    "q6k",
     "q5k",
     ("q5k", "q4k"),
     "q4",
@@ -66,6 +66,8 @@ class Settings:
         `tail_length` and `sink_tokens` of the caches.
     rotation : {"auto", "on", "off"}
         Of kvz's formats.
+    needles : int
+        Codes that are hidden, 0 to 5, each in a task of its own.
     quick : bool
         At most 512 tokens, one window, one needle.
     core : {"native", "wasm"}, optional
@@ -83,6 +85,7 @@ class Settings:
     tail: int = 64
     sinks: int = 4
     rotation: str = "auto"
+    needles: int = len(CODES)
     quick: bool = False
     core: str | None = None
     model: Path | None = None
@@ -141,7 +144,8 @@ def quickly(settings: Settings) -> Settings:
     """Return the settings with what `quick` means applied."""
     if not settings.quick:
         return settings
-    return replace(settings, tokens=min(settings.tokens, QUICK_TOKENS), windows=1)
+    tokens, needles = min(settings.tokens, QUICK_TOKENS), min(settings.needles, 1)
+    return replace(settings, tokens=tokens, windows=1, needles=needles)
 
 
 def evaluate(
@@ -167,8 +171,13 @@ def evaluate(
     setting = Setting(settings.tail, settings.sinks, settings.rotation, settings.core)
     check_fits(settings, model)
     text = settings.text.read_text(encoding="utf-8")
-    depths = DEPTHS[len(DEPTHS) // 2 :][:1] if settings.quick else DEPTHS
-    pending = tasks(model, text, tokens=settings.tokens, windows=settings.windows, depths=depths)
+    pending = tasks(
+        model,
+        text,
+        tokens=settings.tokens,
+        windows=settings.windows,
+        depths=depths_of(settings.needles),
+    )
     formats: list[Store | Peer] = list(settings.stores or STORES)
     formats += [*(PEERS if settings.peers else ()), *others]
     outcomes: list[list[Outcome]] = []
@@ -191,10 +200,12 @@ def evaluate(
 
 
 def check_fits(settings: Settings, model: SmolLM2) -> None:
-    """Refuse tails that leave nothing to pack."""
+    """Refuse tails that leave nothing to pack, and more needles than there are."""
     if not settings.sinks + settings.tail + 64 <= settings.tokens <= model.shape.max_tokens:
         raise InvalidArgumentError(
             f"tokens: expected at least tail + sinks + 64 = "
             f"{settings.tail + settings.sinks + 64} and at most {model.shape.max_tokens}, "
             f"got {settings.tokens}"
         )
+    if settings.needles > len(CODES):
+        raise InvalidArgumentError(f"needles: expected 0 to {len(CODES)}, got {settings.needles}")

@@ -15,11 +15,24 @@ Kind: TypeAlias = Literal["text", "copy", "needle"]
 
 WARM_UP = 3  # the first third of a window is context only
 RECOGNISE = 8  # tokens of a repeated passage until the model can know what it is
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CODES = ("70413", "28965", "51937", "84026", "39578")
 NEEDLE = "\n\nThe secret code of the {place} is {code}.\n\n"
 QUESTION = "\n\nAs was said above, the secret code of the {place} is"
 PLACES = ("lighthouse", "castle", "library", "harbour", "garden")
+
+
+def depths_of(count: int) -> tuple[float, ...]:
+    """Spread needles over the haystack.
+
+    Examples
+    --------
+    >>> depths_of(5)
+    (0.1, 0.3, 0.5, 0.7, 0.9)
+    """
+    return tuple((index + 0.5) / count for index in range(count))
+
+
+DEPTHS = depths_of(len(CODES))
 
 
 class Task(NamedTuple):
