@@ -138,10 +138,11 @@ struct kvz_cache_config {
     uint64_t sink_tokens; /* 56 */
     uint64_t tokens_per_block; /* 64 */
     uint32_t rotation; /* 72 */
-    uint32_t reserved; /* 76 */
-}; /* 80 bytes with 64-bit pointers */
+    uint32_t warm_format; /* 76 */
+    uint64_t warm_length; /* 80 */
+}; /* 88 bytes with 64-bit pointers */
 #define KVZ_CACHE_CONFIG_DEFAULT \
-    { sizeof(kvz_cache_config_t), 0, 8, 128, 0, 1, 4, 4, 4096, 256, 64, 0, 64, 0, 0 }
+    { sizeof(kvz_cache_config_t), 0, 8, 128, 0, 1, 4, 4, 4096, 256, 64, 0, 64, 0, 3, 0 }
 
 struct kvz_token_layout {
     uint32_t size_bytes; /* 0 */
@@ -220,9 +221,11 @@ struct kvz_cache_stats {
     uint64_t evicted_tokens; /* 88 */
     uint64_t migrated_tokens; /* 96 */
     uint64_t overhead_bytes; /* 104 */
-}; /* 112 bytes with 64-bit pointers */
+    uint64_t warm_tokens; /* 112 */
+    uint64_t warm_bytes; /* 120 */
+}; /* 128 bytes with 64-bit pointers */
 #define KVZ_CACHE_STATS_DEFAULT \
-    { sizeof(kvz_cache_stats_t), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+    { sizeof(kvz_cache_stats_t), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 struct kvz_cache_layout {
     uint32_t size_bytes; /* 0 */
@@ -233,9 +236,11 @@ struct kvz_cache_layout {
     uint64_t store_page_bytes; /* 32 */
     uint64_t tail_page_tokens; /* 40 */
     uint64_t tail_page_bytes; /* 48 */
-}; /* 56 bytes with 64-bit pointers */
+    uint64_t warm_page_tokens; /* 56 */
+    uint64_t warm_page_bytes; /* 64 */
+}; /* 72 bytes with 64-bit pointers */
 #define KVZ_CACHE_LAYOUT_DEFAULT \
-    { sizeof(kvz_cache_layout_t), 0, 0, 0, 0, 0, 0, 0 }
+    { sizeof(kvz_cache_layout_t), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 struct kvz_info {
     uint32_t size_bytes; /* 0 */
@@ -251,16 +256,18 @@ struct kvz_cache_state {
     uint32_t reserved; /* 4 */
     uint64_t next; /* 8 */
     uint64_t begin; /* 16 */
-    uint64_t boundary; /* 24 */
-    uint64_t evicted; /* 32 */
-    uint64_t migrated; /* 40 */
-    uint64_t sink_rows; /* 48 */
-    uint64_t store_rows; /* 56 */
-    uint64_t tail_rows; /* 64 */
-    uint64_t kept_rows; /* 72 */
-}; /* 80 bytes with 64-bit pointers */
+    uint64_t cold; /* 24 */
+    uint64_t boundary; /* 32 */
+    uint64_t evicted; /* 40 */
+    uint64_t migrated; /* 48 */
+    uint64_t sink_rows; /* 56 */
+    uint64_t store_rows; /* 64 */
+    uint64_t warm_rows; /* 72 */
+    uint64_t tail_rows; /* 80 */
+    uint64_t kept_rows; /* 88 */
+}; /* 96 bytes with 64-bit pointers */
 #define KVZ_CACHE_STATE_DEFAULT \
-    { sizeof(kvz_cache_state_t), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+    { sizeof(kvz_cache_state_t), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 struct kvz_tier_state {
     uint32_t size_bytes; /* 0 */
@@ -374,8 +381,8 @@ kvz_status_t kvz_cache_unpin(kvz_cache_t *cache, uint64_t start, uint64_t end);
 /* Evicts all positions of `count` ranges, which are in order, or none. */
 kvz_status_t kvz_cache_evict(kvz_cache_t *cache, const kvz_range_t *ranges, uint64_t count);
 
-/* The runs of positions that are held: sinks, any number kept behind the window, store, tail; some
- * may be empty. Writes the first `capacity` of them, and how many there are. */
+/* The runs of positions that are held: sinks, any number kept behind the window, store, warm,
+ * tail; some may be empty. Writes the first `capacity` of them, and how many there are. */
 kvz_status_t kvz_cache_runs(
     kvz_cache_t *cache,
     kvz_range_t *out,
@@ -482,6 +489,25 @@ kvz_status_t kvz_pool_set_spill(kvz_pool_t *pool, int32_t file, uint64_t write_b
 
 /* Bytes of pages that lie in files. */
 kvz_status_t kvz_cache_mapped_bytes(kvz_cache_t *cache, uint64_t *out);
+
+/* Makes a cache one of another configuration, with all its tokens, or changes nothing. Formats,
+ * rotation, `tail_length` and `warm_length` may differ. Every token goes where the rules put it
+ * now; where its format stays it keeps its bits, else it is decoded and encoded anew. */
+kvz_status_t kvz_cache_convert(kvz_cache_t *cache, const kvz_cache_config_t *config);
+
+/* How exact the oldest tokens of the tail, up to `tokens_max` and at most 64, are going to be in
+ * the store. Writes (kv head, 4): the relative errors of keys, of values and of logits, and the
+ * root mean square error of logits; and how many tokens there were. The queries, (query_tokens,
+ * query_heads, head_dim), may be null. */
+kvz_status_t kvz_cache_quality(
+    kvz_cache_t *cache,
+    const float *queries,
+    uint64_t query_tokens,
+    uint32_t query_heads,
+    float scale,
+    uint64_t tokens_max,
+    double *out,
+    uint64_t *out_tokens);
 
 kvz_status_t kvz_quantized_bytes(uint32_t format_code, uint64_t rows, uint32_t dim, uint64_t *out);
 

@@ -137,6 +137,7 @@ def same_state(real: Any, model: reference.ReferenceCache) -> None:
     if isinstance(real, kvz.TwoTierCache):
         assert counts.sink_tokens == wanted.sink_tokens
         assert counts.store_tokens == wanted.store_tokens
+        assert counts.warm_tokens == wanted.warm_tokens
         assert counts.tail_tokens == wanted.tail_tokens
 
 
@@ -152,7 +153,8 @@ def relative_error(got: ArrayLike, expected: ArrayLike) -> float:
 def computing_bound(config: Any, kind: str = "two_tier") -> float:
     """What `attend` may add for the formats of this configuration."""
     model = model_of(config, kind)
-    formats = (model.tail_format, model.key_format, model.value_format)
+    formats = [model.tail_format, model.key_format, model.value_format]
+    formats += [model.warm_format] if config.warm_length else []
     return max(COMPUTING[f.precision] for f in formats)
 
 

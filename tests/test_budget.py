@@ -14,14 +14,15 @@ import kvz
 from support import configure, cuts, make_from, queries, same_bits, stream, unchanged
 
 CONFIGS = st.builds(
-    lambda sinks, tail, batch, more, store, heads: kvz.CacheConfig(
+    lambda sinks, tail, batch, more, store, heads, warm: kvz.CacheConfig(
         num_kv_heads=heads,
         head_dim=32,
-        max_tokens=sinks + tail + batch + more,
+        max_tokens=sinks + tail + batch + more + (warm and warm + 64),
         tail_length=tail,
         sink_tokens=sinks,
         migration_batch=batch,
         store_precision=store,
+        warm_length=warm,
     ),
     st.integers(0, 70),
     st.integers(0, 100),
@@ -29,6 +30,7 @@ CONFIGS = st.builds(
     st.integers(0, 400),
     st.sampled_from(["f16", "q8", "q4", ("q8", "q4")]),
     st.integers(1, 2),
+    st.sampled_from([0, 0, 1, 63, 64, 100]),
 )
 
 
@@ -55,16 +57,17 @@ def test_what_is_planned_fits_however_it_is_cut(config, part, seed):
 
 
 def _one_of_each(config):
-    """Bytes of a page of store and tail, over all heads."""
+    """Bytes of a page of store, warm tier and tail, over all heads."""
     probe = kvz.TwoTierCache(
         config,
         pool=kvz.BufferPool(),
         sink_tokens=0,
         tail_length=64,
         migration_batch=64,
-        max_tokens=128,
+        warm_length=64 if config.warm_length else 0,
+        max_tokens=256,
     )
-    probe.append(*stream(probe.config, 128))
+    probe.append(*stream(probe.config, 192 if config.warm_length else 128))
     return probe.nbytes
 
 

@@ -40,25 +40,50 @@ counts = st.one_of(st.integers(1, 9), st.integers(10, 70), st.sampled_from([63, 
 seeds = st.integers(0, 2**20)
 tails = st.sampled_from(["f32", "f16", "bf16"])
 stores = st.sampled_from(STORES)
+warms = st.sampled_from(["f32", "f16", "bf16", "q8", "q4"])
 ENDS = ("keep", "rollback", "raise", "fork and rollback")
 
 
 @st.composite
-def configs(draw: Any) -> Any:
+def configs(draw: Any, tiered: bool) -> Any:
     """Any small configuration: every tier within reach, every eviction near."""
     sinks, tail = draw(st.integers(0, 9)), draw(st.integers(0, 40))
     batch = draw(st.sampled_from([1, 2, 7, 32, 64]))
+    warm = draw(st.sampled_from([0, 1, 40, 64, 100])) if tiered else 0
     return kvz.CacheConfig(
         num_kv_heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from([1, 16, 31, 32, 33, 64, 80])),
         value_dim=draw(st.sampled_from([None, 1, 24, 64])),
-        max_tokens=sinks + tail + batch + draw(st.integers(0, 150)),
+        max_tokens=sinks + tail + batch + (warm and warm + 64) + draw(st.integers(0, 150)),
         tail_length=tail,
         tail_precision=draw(tails),
         store_precision=(draw(stores), draw(stores)),
         migration_batch=batch,
         sink_tokens=sinks,
         rotation=draw(st.sampled_from(["auto", "on", "off"])),
+        warm_length=warm,
+        warm_precision=draw(warms),
+    )
+
+
+@st.composite
+def policies(draw: Any) -> Any:
+    """Any of the three, with small tiers."""
+    length, pair = st.integers(0, 60), st.tuples(stores, stores)
+    warm = st.sampled_from([None, 0, 1, 64, 100])
+    return draw(
+        st.one_of(
+            st.builds(kvz.HighPrecisionTail, tail_length=length, precision=tails),
+            st.builds(kvz.QuantizedStore, precision=pair),
+            st.builds(
+                kvz.Hybrid,
+                tail_length=length,
+                tail_precision=tails,
+                store_precision=pair,
+                warm_length=warm,
+                warm_precision=st.one_of(st.none(), warms),
+            ),
+        )
     )
 
 
@@ -108,8 +133,9 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.core, self.kind = core, kind
 
-    @initialize(config=configs())
-    def start(self, config: Any) -> None:
+    @initialize(data=st.data())
+    def start(self, data: Any) -> None:
+        config = data.draw(configs(self.kind == "two_tier"))
         self.pool = kvz.BufferPool(core=self.core)
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.real = make_from(self.core, config, self.kind, pool=self.pool)
@@ -206,6 +232,28 @@ class CacheMachine(RuleBasedStateMachine):
                 raise ZeroDivisionError
         if how != "keep":
             assert (self.real.digest(), self.real.stats().evicted_tokens) == before
+
+    @precondition(lambda self: self.kind == "two_tier")
+    @rule(policy=policies(), undo=st.booleans())
+    def update_policy(self, policy: Any, undo: bool) -> None:
+        """Change precisions and lengths, and maybe back; refused where they do not fit."""
+        if undo:
+            with unchanged(self.real), self.real.transaction() as step:
+                with suppress(kvz.KvzError):
+                    self.real.update_policy(policy)
+                    self.real.append(*stream(self.real.config, 9, 1))
+                step.rollback()
+            return
+        try:
+            self.model.reconfigure(policy.apply(self.model.config))
+        except ValueError:
+            with (
+                unchanged(self.real),
+                pytest.raises(kvz.InvalidArgumentError, match=r"room|max_tok"),
+            ):
+                self.real.update_policy(policy)
+            return
+        self.real.update_policy(policy)
 
     @precondition(lambda self: self.others)
     @rule(which=st.integers(0, 3))

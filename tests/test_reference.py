@@ -30,6 +30,8 @@ def simple(**fields: Any) -> SimpleNamespace:
         "migration_batch": 4,
         "sink_tokens": 0,
         "rotation": "auto",
+        "warm_length": 0,
+        "warm_precision": "f32",
     }
     return SimpleNamespace(**{**base, **fields})
 
@@ -142,10 +144,33 @@ def test_limits_are_the_largest_that_stay_finite() -> None:
         assert np.isinf(reference.round_to(precision, np.array([beyond]))).all()
 
 
-def walk(config: Any, total: int) -> tuple[set[int], set[int], set[int]]:
-    """Move tokens one by one: sinks, store and tail after `total` of them, by the plain words."""
+@pytest.mark.parametrize("dim", [1, 64, 80, 128])
+def test_limits_through_another_format_stay_finite(dim: int) -> None:
+    """Rounding may make a value larger; the limit leaves room for that."""
+    ways = [Format(p, r) for p in STORES for r in (False, True) if Format(p, r).packed or not r]
+    rng = np.random.default_rng(5)
+    signs = np.array([np.ones(dim), *rng.choice([-1.0, 1.0], (30, dim))], np.float32)
+    for warm in ways:
+        for store in ways:
+            x = signs * np.float32(store.limit_after(warm, dim))
+            held = warm.rounded(warm.spread(x))
+            assert np.isfinite(store.moved(held, warm, dim)).all(), (warm, store)
+
+
+def test_what_is_rotated_on_both_sides_is_not_rotated_back() -> None:
+    """From q8 to q4 within the rotated space no more is lost than the two formats round."""
+    q8, q4 = Format("q8", True), Format("q4", True)
+    held = q8.rounded(q8.spread(rows(50, 2, 80, 1)))
+    same_bits(q4.entered(held, q8, 80), held)
+    plain = Format("q4", False)
+    same_bits(plain.entered(held, q8, 80), plain.spread(q8.gathered(held, 80)))
+
+
+def walk(config: Any, total: int) -> tuple[set[int], ...]:
+    """Move tokens one by one: sinks, store, warm and tail after `total`, by the plain words."""
     sinks: set[int] = set()
     store: set[int] = set()
+    warm: set[int] = set()
     tail: set[int] = set()
     for position in range(total):
         (sinks if position < config.sink_tokens else tail).add(position)
@@ -155,22 +180,34 @@ def walk(config: Any, total: int) -> tuple[set[int], set[int], set[int]]:
             if newer >= config.tail_length:
                 moving = tail & set(span)
                 tail -= moving
+                warm |= moving
+                if not config.warm_length:
+                    store, warm = store | warm, set()
+        for page in range(position // 64 + 1):
+            newer = sum(one >= (page + 1) * 64 for one in warm)
+            if newer >= config.warm_length > 0:
+                moving = warm & set(range(page * 64, (page + 1) * 64))
+                warm -= moving
                 store |= moving
-        while len(sinks) + len(store) + len(tail) > config.max_tokens:
-            oldest = min(store | tail)
-            store.discard(oldest)
-            tail.discard(oldest)
-    return sinks, store, tail
+        while len(sinks) + len(store) + len(warm) + len(tail) > config.max_tokens:
+            oldest = min(store | warm | tail)
+            for tier in (store, warm, tail):
+                tier.discard(oldest)
+    return sinks, store, warm, tail
 
 
 @pytest.mark.parametrize("sinks", [0, 3, 5])
 @pytest.mark.parametrize(
-    ("tail", "batch", "limit"), [(5, 4, 60), (1, 1, 9), (7, 3, 20), (0, 8, 16)]
+    ("tail", "batch", "warm", "limit"),
+    [(5, 4, 0, 60), (1, 1, 0, 9), (7, 3, 0, 20), (0, 8, 0, 16), (5, 4, 30, 150), (0, 7, 90, 180)],
 )
-def test_tiers_follow_the_rule_in_words(sinks: int, tail: int, batch: int, limit: int) -> None:
+def test_tiers_follow_the_rule_in_words(
+    sinks: int, tail: int, batch: int, warm: int, limit: int
+) -> None:
     """The formulas give what moving the tokens one by one gives, however they are cut."""
-    config = simple(tail_length=tail, migration_batch=batch, max_tokens=limit, sink_tokens=sinks)
-    for total in range(0, 70, 3):
+    sizes = {"tail_length": tail, "migration_batch": batch, "warm_length": warm}
+    config = simple(**sizes, max_tokens=limit, sink_tokens=sinks)
+    for total in range(0, 230 if warm else 70, 3):
         expected = walk(config, total)
         once, cut = ReferenceCache(config), ReferenceCache(config)
         x = rows(total, 2, 4, 0)
@@ -179,8 +216,8 @@ def test_tiers_follow_the_rule_in_words(sinks: int, tail: int, batch: int, limit
             cut.append(x[start : start + 7], x[start : start + 7])
         for cache in (once, cut):
             counts = cache.stats()
-            sizes = (counts.sink_tokens, counts.store_tokens, counts.tail_tokens)
-            assert sizes == tuple(len(tier) for tier in expected)
+            held = counts.sink_tokens, counts.store_tokens, counts.warm_tokens, counts.tail_tokens
+            assert held == tuple(len(tier) for tier in expected)
             assert cache.positions.tolist() == sorted(set.union(*expected))
         same_bits(once.get_all_kv()[0], cut.get_all_kv()[0])
 

@@ -13,6 +13,7 @@ const dispatch = @import("dispatch.zig");
 const gpa = @import("memory.zig").gpa;
 const inspect = @import("inspect.zig");
 const message = @import("message.zig");
+const policy = @import("abi_policy.zig");
 const pool_file = @import("pool.zig");
 const quantization = @import("abi_quantize.zig");
 const sequence = @import("abi_sequence.zig");
@@ -119,7 +120,8 @@ pub const CacheConfig = extern struct {
     sink_tokens: u64 = 0,
     tokens_per_block: u64 = 64, // pooled only
     rotation: u32 = 0, // Rotation
-    reserved: u32 = 0,
+    warm_format: u32 = 3, // Format whose values stand alone: f32, f16, bf16, q8 or q4
+    warm_length: u64 = 0, // two_tier only; 0 is no warm tier
 };
 
 /// Where the values of `cache_append` lie: strides in elements, the innermost stride is 1.
@@ -201,6 +203,9 @@ pub const CacheStats = extern struct {
     migrated_tokens: u64 = 0,
     /// Control structures beside the pages (page tables, the cache itself).
     overhead_bytes: u64 = 0,
+    /// Between store and tail.
+    warm_tokens: u64 = 0,
+    warm_bytes: u64 = 0,
 };
 
 /// What the pages of a cache are: for each tier the tokens that a page covers, and the bytes that
@@ -214,6 +219,8 @@ pub const CacheLayout = extern struct {
     store_page_bytes: u64 = 0,
     tail_page_tokens: u64 = 0,
     tail_page_bytes: u64 = 0,
+    warm_page_tokens: u64 = 0,
+    warm_page_bytes: u64 = 0,
 };
 
 pub const Info = extern struct {
@@ -424,6 +431,11 @@ pub const mapping_expect = snapshot.mapping_expect;
 pub const mapping_free = snapshot.mapping_free;
 pub const pool_set_spill = snapshot.pool_set_spill;
 pub const cache_mapped_bytes = snapshot.cache_mapped_bytes;
+
+// ---- precisions that change: abi_policy.zig ----
+
+pub const cache_convert = policy.cache_convert;
+pub const cache_quality = policy.cache_quality;
 
 // ---- quantization by itself: abi_quantize.zig ----
 

@@ -65,8 +65,8 @@ pub fn cache_evict(cache: *Cache, ranges: [*]const abi.Range, count: u64) callco
     return .ok;
 }
 
-/// The runs of positions that are held: sinks, any number kept behind the window, store, tail; some
-/// may be empty. Writes the first `capacity` of them, and how many there are.
+/// The runs of positions that are held: sinks, any number kept behind the window, store, warm,
+/// tail; some may be empty. Writes the first `capacity` of them, and how many there are.
 pub fn cache_runs(
     cache: *Cache,
     out: ?[*]abi.Range,
@@ -104,7 +104,7 @@ pub fn cache_pins(
 pub fn cache_layout(config: *const abi.CacheConfig, out: *abi.CacheLayout) callconv(.c) Status {
     const given = adopt(abi.CacheConfig, config) catch |err| return fail(err);
     const checked = Config.check(given) catch |err| return fail(err);
-    const sinks, const store, const tail = checked.tiers();
+    const sinks, const store, const warm, const tail = checked.tiers();
     return status_file.hand_out(abi.CacheLayout, out, .{
         .sink_page_tokens = sinks.tokens_per_page,
         .sink_page_bytes = pool_bytes(&sinks),
@@ -112,6 +112,8 @@ pub fn cache_layout(config: *const abi.CacheConfig, out: *abi.CacheLayout) callc
         .store_page_bytes = pool_bytes(&store),
         .tail_page_tokens = tail.tokens_per_page,
         .tail_page_bytes = pool_bytes(&tail),
+        .warm_page_tokens = warm.tokens_per_page,
+        .warm_page_bytes = pool_bytes(&warm),
     });
 }
 

@@ -1,6 +1,6 @@
 //! The part of the C ABI that takes the state of a cache apart and puts it together again; abi.zig
-//! exports it. Tiers are 0 sinks, 1 store, 2 tail, 3 what is kept behind the window. A row is the
-//! pages of all kv heads that cover the same positions: (head, page_bytes).
+//! exports it. Tiers are 0 sinks, 1 store, 2 warm, 3 tail, 4 what is kept behind the window. A row
+//! is the pages of all kv heads that cover the same positions: (head, page_bytes).
 const Cache = @import("cache.zig").Cache;
 const Status = @import("abi.zig").Status;
 const gpa = @import("memory.zig").gpa;
@@ -25,6 +25,8 @@ pub const CacheState = extern struct {
     /// First position that eviction has not taken, sinks aside.
     begin: u64 = 0,
     /// Positions below this are in the store.
+    cold: u64 = 0,
+    /// Positions below this have left the tail: what is not in the store is warm.
     boundary: u64 = 0,
     evicted: u64 = 0,
     migrated: u64 = 0,
@@ -32,6 +34,7 @@ pub const CacheState = extern struct {
     /// caller gets more pages than it has bytes for.
     sink_rows: u64 = 0,
     store_rows: u64 = 0,
+    warm_rows: u64 = 0,
     tail_rows: u64 = 0,
     kept_rows: u64 = 0,
 };

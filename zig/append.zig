@@ -5,6 +5,7 @@ const std = @import("std");
 const cache_file = @import("cache.zig");
 const evict = @import("evict.zig");
 const fill_file = @import("fill.zig");
+const format = @import("format.zig");
 const gpa = @import("memory.zig").gpa;
 const message = @import("message.zig");
 const spill = @import("spill.zig");
@@ -12,9 +13,10 @@ const threads = @import("threads.zig");
 const tier_file = @import("tier.zig");
 const Cache = cache_file.Cache;
 const Change = tier_file.Change;
-const Input = @import("input.zig").Input;
+pub const Input = @import("input.zig").Input;
 const Kept = @import("kept.zig").Kept;
 const Source = fill_file.Source;
+const Tier = tier_file.Tier;
 const Workspace = fill_file.Workspace;
 const fill = fill_file.fill;
 
@@ -104,38 +106,57 @@ pub const Append = struct {
         const live_before = cache.len();
         const held = cache.tier_of(.store);
         const runs = cache.kept_runs();
+        const through = cache.config.has_warm();
+        const left = if (through) cache.cold else cache.boundary;
         const source: Source = .{
             .keys = append.keys,
             .values = append.values,
             .first = cache.next,
             .tail = cache.tier_of(.tail),
-            .migrating_from = @max(cache.boundary, cache.config.sink_tokens),
-            .batch = cache.config.migration_batch,
+            .migrating_from = @max(left, cache.config.sink_tokens),
+            .batch = if (through) format.page_tokens else cache.config.migration_batch,
             .kept = if (runs.len == 0) null else &runs[runs.len - 1],
             .new_page = if (held.tokens() == 0) 0 else (held.end - 1) / held.tokens_per_page + 1,
         };
         const sinks = cache.tier_of(.sinks);
         const sinks_before = sinks.end;
         append.move(.sinks);
-        fill(sinks, sinks_before, sinks.end, &source, &append.workspace);
+        append.write(sinks, sinks_before, &source, null);
 
         const store = cache.tier_of(.store);
         const stored_before = store.end;
+        const warm = cache.tier_of(.warm);
+        const warm_before = warm.end;
         append.move(.store);
-        // The tail still holds what it held: the batches that migrate are read from there.
-        fill(store, @max(stored_before, store.start), store.end, &source, &append.workspace);
+        // Warm tier and tail still hold what they held: what migrates is read from there.
+        append.write(store, stored_before, &source, if (through) warm else null);
+        append.move(.warm);
+        append.write(warm, warm_before, &source, null);
 
         const tail = cache.tier_of(.tail);
         append.move(.tail);
-        fill(tail, @max(cache.next, tail.start), tail.end, &source, &append.workspace);
+        append.write(tail, cache.next, &source, null);
         append.workspace.deinit();
         cache.replace_kept(append.kept);
 
-        cache.migrated += store.end - @min(store.end, @max(stored_before, sinks.end));
+        cache.migrated += warm.end - @min(warm.end, @max(warm_before, sinks.end));
         cache.evicted += live_before + append.tokens - cache.len();
         cache.next = append.after.next;
         cache.begin = append.after.begin;
         cache.boundary = append.after.boundary;
+        cache.cold = append.after.cold;
+    }
+
+    /// Writes the tokens of a tier that were not there before, from position `first` on.
+    fn write(
+        append: *Append,
+        tier: *Tier,
+        first: u64,
+        source: *const Source,
+        through: ?*const Tier,
+    ) void {
+        const start = @max(first, tier.start);
+        fill(tier, start, tier.end, source, through, &append.workspace);
     }
 
     fn move(append: *Append, name: cache_file.TierName) void {

@@ -3,8 +3,9 @@
 //!
 //! `append` checks the input and reserves every page it will need; new rows go to the **tail** (or
 //! the **sinks**, or, in a long append, straight to the store); `migrate` takes whole batches of
-//! the oldest tail tokens, encode.zig packs them into pages of the **store**; attend.zig walks
-//! sinks, store and tail with the kernels, on the packed bytes, merging with a running softmax;
+//! the oldest tail tokens, encode.zig packs them into pages of the **store**, or of the **warm**
+//! tier before it; attend.zig walks sinks, store, warm tier and tail with the kernels, on the
+//! packed bytes, merging with a running softmax;
 //! eviction, `trim` and `clear` give pages back to the **pool**.
 //!
 //! The state depends on the token stream alone, however it was cut into appends (and, where tokens
@@ -33,8 +34,8 @@ const Side = format.Side;
 const Change = tier_file.Change;
 const Tier = tier_file.Tier;
 
-pub const TierName = enum(usize) { sinks = 0, store = 1, tail = 2 };
-pub const tier_count = 3;
+pub const TierName = enum(usize) { sinks = 0, store = 1, warm = 2, tail = 3 };
+pub const tier_count = 4;
 
 pub const Cache = struct {
     gpa: std.mem.Allocator,
@@ -42,21 +43,25 @@ pub const Cache = struct {
     config: Config,
     /// Readers share it, an append has it alone.
     lock: sync.RwLock = .{},
-    /// In the order of their positions, and of every reduction: sinks, store, tail.
+    /// In the order of their positions, and of every reduction: sinks, store, warm, tail.
     tiers: [tier_count]Tier,
     /// Position of the token that will be appended next.
     next: u64 = 0,
     /// First position that eviction has not taken (sinks aside).
     begin: u64 = 0,
-    /// Positions below this migrated to the store. It never falls but by `trim` and `clear`.
+    /// Positions below this left the tail. It never falls but by `trim`, `clear` and `convert`.
     boundary: u64 = 0,
+    /// Positions below this are in the store: all below `boundary` if there is no warm tier. It
+    /// falls with `boundary`.
+    cold: u64 = 0,
     evicted: u64 = 0,
     migrated: u64 = 0,
     /// Tokens that stay behind the window, and which never leave; null if there are none.
     kept: ?*Kept = null,
     /// The files that pages may lie in, if the cache was loaded from some.
     mapping: ?*Mapping = null,
-    /// Rows on their way into a page: (64, dim) f32, for keys and values in turn.
+    /// Rows on their way into a page: (64, dim) f32, for keys and values in turn; with a warm tier
+    /// as much again, for a page that they pass through.
     rows: []align(64) f32,
     /// Largest magnitudes that every tier can hold.
     key_limit: f32,
@@ -66,29 +71,38 @@ pub const Cache = struct {
         const cache = try gpa.create(Cache);
         errdefer gpa.destroy(cache);
         const tiers = config.tiers();
-        const dim_max = std.mem.alignForward(
-            usize,
-            @max(config.head_dim, config.value_dim),
-            format.group,
-        );
-        const rows = try gpa.alignedAlloc(f32, .@"64", format.page_tokens * dim_max);
         cache.* = .{
             .gpa = gpa,
             .pool = pool,
             .config = config,
             .tiers = tiers,
-            .rows = rows,
-            .key_limit = std.math.floatMax(f32),
-            .value_limit = std.math.floatMax(f32),
+            .rows = try gpa.alignedAlloc(f32, .@"64", rows_floats(&config)),
+            .key_limit = limit_of(&config, &tiers, .key),
+            .value_limit = limit_of(&config, &tiers, .value),
         };
-        for (tiers, 0..) |tier, t| {
-            // always empty
-            if (config.kind == .pooled and t == @backingInt(TierName.store)) continue;
-            cache.key_limit = @min(cache.key_limit, input_file.limit_of(tier.key));
-            cache.value_limit = @min(cache.value_limit, input_file.limit_of(tier.value));
-        }
         pool.retain();
         return cache;
+    }
+
+    pub fn rows_floats(config: *const Config) usize {
+        const dim = @max(config.head_dim, config.value_dim);
+        const rows = format.page_tokens * std.mem.alignForward(usize, dim, format.group);
+        return rows * if (config.has_warm()) @as(usize, 2) else 1;
+    }
+
+    /// The largest magnitude that every tier can hold, whichever way it takes.
+    pub fn limit_of(config: *const Config, tiers: []const Tier, comptime side: Side) f32 {
+        var limit: f32 = std.math.floatMax(f32);
+        for (tiers, 0..) |*tier, t| {
+            // always empty
+            if (t == @backingInt(TierName.store) and config.kind == .pooled) continue;
+            if (t == @backingInt(TierName.warm) and !config.has_warm()) continue;
+            limit = @min(limit, input_file.limit_of(tier.half(side)));
+        }
+        if (!config.has_warm()) return limit;
+        const store = tiers[@backingInt(TierName.store)].half(side);
+        const warm = tiers[@backingInt(TierName.warm)].half(side);
+        return @min(limit, input_file.limit_through(warm, store));
     }
 
     pub fn destroy(cache: *Cache) void {
@@ -121,7 +135,7 @@ pub const Cache = struct {
     }
 
     /// All that is held, in the order of positions: sinks, what is kept behind the window, store,
-    /// tail.
+    /// warm, tail.
     pub fn run(cache: *const Cache, index: usize) *const Tier {
         const kept = cache.kept_runs();
         if (index == 0) return &cache.tiers[0];
@@ -130,8 +144,11 @@ pub const Cache = struct {
 
     /// The tier that eviction takes from.
     pub fn body(cache: *const Cache) *const Tier {
-        const name: TierName = if (cache.config.kind == .two_tier) .store else .tail;
-        return &cache.tiers[@backingInt(name)];
+        return &cache.tiers[@backingInt(cache.body_name())];
+    }
+
+    pub fn body_name(cache: *const Cache) TierName {
+        return if (cache.config.kind == .two_tier) .store else .tail;
     }
 
     pub fn len(cache: *const Cache) u64 {
@@ -143,35 +160,68 @@ pub const Cache = struct {
     // ---- append ----
 
     /// Where everything is after an append.
-    pub const Plan = struct { next: u64, begin: u64, boundary: u64 };
+    pub const Plan = struct { next: u64, begin: u64, boundary: u64, cold: u64 };
 
     /// The tier rule: batches aligned to position 0 migrate as soon as `tail_length` newer tokens
-    /// exist; the oldest tokens beyond `max_tokens` go, sinks never.
+    /// exist, and go on to the store, by pages of 64, as soon as `warm_length` newer ones have
+    /// migrated; the oldest tokens beyond `max_tokens` go, sinks never.
     pub fn plan(cache: *const Cache, tokens: u64) Plan {
         const config = &cache.config;
         const next = cache.next + tokens;
-        var after: Plan = .{ .next = next, .begin = cache.begin, .boundary = cache.boundary };
-        if (config.kind == .two_tier and next >= config.tail_length) {
-            const batches = (next - config.tail_length) / config.migration_batch;
-            const boundary = cache.boundary_at(batches * config.migration_batch);
-            after.boundary = @max(after.boundary, boundary);
-        }
+        const rule = rule_at(config, next);
+        var after: Plan = .{
+            .next = next,
+            .begin = cache.begin,
+            .boundary = @max(cache.boundary, rule.boundary),
+            .cold = 0,
+        };
+        after.cold = if (config.has_warm())
+            @max(cache.cold, cold_at(config, after.boundary))
+        else
+            after.boundary;
         if (next > config.max_tokens) {
             after.begin = @max(after.begin, next - (config.max_tokens - config.sink_tokens));
         }
         return after;
     }
 
+    pub const Rule = struct { boundary: u64, cold: u64 };
+
+    /// Where the tiers of a stream of `next` tokens meet that was never trimmed.
+    pub fn rule_at(config: *const Config, next: u64) Rule {
+        if (config.kind == .pooled or next < config.tail_length) return .{
+            .boundary = 0,
+            .cold = 0,
+        };
+        const batches = (next - config.tail_length) / config.migration_batch;
+        const boundary = boundary_at(config, batches * config.migration_batch);
+        return .{
+            .boundary = boundary,
+            .cold = if (config.has_warm()) cold_at(config, boundary) else boundary,
+        };
+    }
+
+    fn cold_at(config: *const Config, boundary: u64) u64 {
+        const settled = (boundary -| config.warm_length) / format.page_tokens * format.page_tokens;
+        return boundary_at(config, settled);
+    }
+
     /// Sinks never migrate: a boundary among them is none.
-    fn boundary_at(cache: *const Cache, position: u64) u64 {
-        return if (position > cache.config.sink_tokens) position else 0;
+    fn boundary_at(config: *const Config, position: u64) u64 {
+        return if (position > config.sink_tokens) position else 0;
     }
 
     pub fn bounds(cache: *const Cache, after: Plan) [tier_count][2]u64 {
         const sinks_end = @min(cache.config.sink_tokens, after.next);
         const start = @min(@max(after.begin, sinks_end), after.next);
-        const store_end = @max(start, @min(after.boundary, after.next));
-        return .{ .{ 0, sinks_end }, .{ start, store_end }, .{ store_end, after.next } };
+        const store_end = @max(start, @min(after.cold, after.next));
+        const warm_end = @max(store_end, @min(after.boundary, after.next));
+        return .{
+            .{ 0, sinks_end },
+            .{ start, store_end },
+            .{ store_end, warm_end },
+            .{ warm_end, after.next },
+        };
     }
 
     /// Appends `tokens` tokens, or changes nothing.
@@ -284,7 +334,8 @@ pub const Cache = struct {
     pub fn clear(cache: *Cache) error{OutOfMemory}!void {
         cache.lock.lock();
         defer cache.lock.unlock();
-        cache.move(.{ .next = 0, .begin = 0, .boundary = 0 }) catch return error.OutOfMemory;
+        const empty: Plan = .{ .next = 0, .begin = 0, .boundary = 0, .cold = 0 };
+        cache.move(empty) catch return error.OutOfMemory;
         cache.replace_kept(null);
         cache.evicted = 0;
         cache.migrated = 0;
@@ -298,7 +349,8 @@ pub const Cache = struct {
         cache.move(.{
             .next = length,
             .begin = @min(cache.begin, length),
-            .boundary = cache.boundary_at(@min(cache.boundary, length)),
+            .boundary = boundary_at(&cache.config, @min(cache.boundary, length)),
+            .cold = boundary_at(&cache.config, @min(cache.cold, length)),
         }) catch return error.OutOfMemory; // nothing is added, so no pool is full
         cache.replace_kept(kept);
     }
@@ -317,6 +369,7 @@ pub const Cache = struct {
         cache.next = after.next;
         cache.begin = after.begin;
         cache.boundary = after.boundary;
+        cache.cold = after.cold;
     }
 
     // ---- sharing ----
@@ -372,6 +425,7 @@ pub const Cache = struct {
         cache.next = source.next;
         cache.begin = source.begin;
         cache.boundary = source.boundary;
+        cache.cold = source.cold;
         cache.evicted = source.evicted;
         cache.migrated = source.migrated;
         cache.kept = source.kept;

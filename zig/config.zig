@@ -21,6 +21,8 @@ pub const Config = struct {
     sink_tokens: u64,
     tokens_per_block: u64,
     rotation: abi.Rotation,
+    warm_format: format.Format,
+    warm_length: u64,
 
     /// Bounds that keep every product of sizes far from overflow.
     pub const dim_max = 4096;
@@ -47,6 +49,8 @@ pub const Config = struct {
             .sink_tokens = from.sink_tokens,
             .tokens_per_block = from.tokens_per_block,
             .rotation = try choice(abi.Rotation, "rotation", from.rotation),
+            .warm_format = try choice(format.Format, "warm_format", from.warm_format),
+            .warm_length = from.warm_length,
         };
         if (config.half(config.tail_format, 1, 16).quantized()) {
             message.set("tail_format is {t}; the tail is f32, f16 or bf16", .{config.tail_format});
@@ -54,21 +58,10 @@ pub const Config = struct {
         }
         try in_range("sink_tokens", from.sink_tokens, 0, tokens_max);
         switch (config.kind) {
-            .two_tier => {
-                try in_range("tail_length", from.tail_length, 0, tokens_max);
-                try in_range("migration_batch", from.migration_batch, 1, tokens_max);
-                const least = from.sink_tokens + from.tail_length + from.migration_batch;
-                if (least > from.max_tokens) {
-                    const text =
-                        "max_tokens is {d}; sink_tokens + tail_length + migration_batch is {d}";
-                    message.set(text, .{
-                        from.max_tokens, least,
-                    });
-                    return error.InvalidArgument;
-                }
-            },
+            .two_tier => try config.check_two_tier(),
             .pooled => {
                 try in_range("tokens_per_block", from.tokens_per_block, 1, block_tokens_max);
+                try in_range("warm_length", from.warm_length, 0, 0);
                 if (from.sink_tokens >= from.max_tokens) {
                     message.set(
                         "max_tokens is {d}; it must exceed sink_tokens, {d}",
@@ -79,6 +72,50 @@ pub const Config = struct {
             },
         }
         return config;
+    }
+
+    fn check_two_tier(config: *const Config) error{InvalidArgument}!void {
+        try in_range("tail_length", config.tail_length, 0, tokens_max);
+        try in_range("migration_batch", config.migration_batch, 1, tokens_max);
+        try in_range("warm_length", config.warm_length, 0, tokens_max);
+        if (is_centred(config.warm_format)) {
+            const text = "warm_format is {t}; expected one whose tokens do not share an offset";
+            message.set(text, .{config.warm_format});
+            return error.InvalidArgument;
+        }
+        const least = config.sink_tokens + config.tail_length + config.migration_batch +
+            if (config.has_warm()) config.warm_length + format.page_tokens else 0;
+        if (least <= config.max_tokens) return;
+        const text = "max_tokens is {d}; sink_tokens + tail_length + migration_batch, and " ++
+            "warm_length + 64 if there is a warm tier, are {d}";
+        message.set(text, .{ config.max_tokens, least });
+        return error.InvalidArgument;
+    }
+
+    pub fn has_warm(config: *const Config) bool {
+        return config.warm_length > 0;
+    }
+
+    fn warm_max(config: *const Config) u64 {
+        return if (config.has_warm()) config.warm_length + format.page_tokens - 1 else 0;
+    }
+
+    fn tail_max(config: *const Config) u64 {
+        return config.tail_length + config.migration_batch - 1;
+    }
+
+    /// The most tokens that warm tier and tail hold together, before they leave for a store.
+    pub fn recent_max(config: *const Config) u64 {
+        return if (config.kind == .pooled) 0 else config.warm_max() + config.tail_max();
+    }
+
+    /// Refuses more tokens than the rules leave in these tiers.
+    pub fn check_recent(config: *const Config, warm: u64, tail: u64) error{InvalidArgument}!void {
+        if (config.kind == .pooled) return;
+        if (warm <= config.warm_max() and tail <= config.tail_max()) return;
+        const text = "{d} tokens in the warm tier, {d} in the tail; they have {d} and {d} at most";
+        message.set(text, .{ warm, tail, config.warm_max(), config.tail_max() });
+        return error.InvalidArgument;
     }
 
     pub fn half(config: *const Config, f: format.Format, dim: u32, slots: u32) Half {
@@ -93,15 +130,19 @@ pub const Config = struct {
 
     fn key_half(config: *const Config, f: format.Format, slots: u32) Half {
         var result = config.half(f, config.head_dim, slots);
-        result.centred = switch (f) {
-            inline else => |tag| format.all[@backingInt(tag)].quantized and
-                format.all[@backingInt(tag)].half_levels,
-        };
+        result.centred = is_centred(f);
         return result;
     }
 
-    /// Sinks, store and tail, empty.
-    pub fn tiers(config: *const Config) [3]Tier {
+    fn is_centred(f: format.Format) bool {
+        return switch (f) {
+            inline else => |tag| format.all[@backingInt(tag)].quantized and
+                format.all[@backingInt(tag)].half_levels,
+        };
+    }
+
+    /// Sinks, store, warm and tail, empty.
+    pub fn tiers(config: *const Config) [4]Tier {
         const sinks: u32 = @intCast(std.math.clamp(config.sink_tokens, 1, format.page_tokens));
         const tail: u32 = switch (config.kind) {
             .two_tier => format.page_tokens,
@@ -110,6 +151,7 @@ pub const Config = struct {
         return .{
             config.tier(config.tail_format, config.tail_format, sinks),
             config.tier(config.key_format, config.value_format, format.page_tokens),
+            config.tier(config.warm_format, config.warm_format, format.page_tokens),
             config.tier(config.tail_format, config.tail_format, tail),
         };
     }

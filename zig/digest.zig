@@ -15,12 +15,14 @@ pub fn digest(cache: *Cache) u64 {
     var hash = Hash.init(0);
     hash_int(&hash, cache.next);
     hash_int(&hash, cache.boundary);
+    if (cache.config.has_warm()) hash_int(&hash, cache.cold);
     for (evict.pins_of(cache)) |pin| {
         hash_int(&hash, pin.start);
         hash_int(&hash, pin.end);
     }
     for (0..cache.run_count()) |i| {
         const tier = cache.run(i);
+        if (tier == cache.tier_of(.warm) and !cache.config.has_warm()) continue;
         hash_int(&hash, tier.start);
         hash_int(&hash, tier.end);
         for ([_]Half{ tier.key, tier.value }) |half| {

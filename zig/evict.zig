@@ -8,6 +8,7 @@ const Allocator = std.mem.Allocator;
 const kept_file = @import("kept.zig");
 const message = @import("message.zig");
 const Cache = @import("cache.zig").Cache;
+const Config = @import("config.zig").Config;
 const Kept = kept_file.Kept;
 const Range = kept_file.Range;
 const Ranges = kept_file.Ranges;
@@ -89,19 +90,15 @@ fn leave(
 /// Tokens that one append may bring so that those who leave for them are in the body before.
 pub fn append_tokens_max(cache: *const Cache) u64 {
     const kept = cache.kept orelse return std.math.maxInt(u64);
-    return room(cache, kept.pins) orelse unreachable; // `pin` saw to it
+    return room(&cache.config, kept.pins) orelse unreachable; // `pin` saw to it
 }
 
-/// Tokens that are neither sinks, pinned nor in the longest tail; null if there would be none.
-fn room(cache: *const Cache, pins: []const Range) ?u64 {
-    const config = &cache.config;
+/// Tokens that are neither sinks, pinned nor in the longest tail and warm tier; null if there would
+/// be none.
+pub fn room(config: *const Config, pins: []const Range) ?u64 {
     const sinks = config.sink_tokens;
     const pinned = kept_file.count_within(pins, sinks, std.math.maxInt(u64));
-    const tail = switch (config.kind) {
-        .two_tier => config.tail_length + config.migration_batch - 1,
-        .pooled => 0,
-    };
-    const taken = sinks +| pinned +| tail;
+    const taken = sinks +| pinned +| config.recent_max();
     return if (taken < config.max_tokens) config.max_tokens - taken else null;
 }
 
@@ -125,7 +122,7 @@ pub fn pin(cache: *Cache, range: Range) Error!void {
     }
     var pins = try kept_file.unite(cache.gpa, pins_of(cache), range);
     defer pins.deinit(cache.gpa);
-    if (room(cache, pins.items) == null) {
+    if (room(&cache.config, pins.items) == null) {
         const text = "pin: {d} pinned tokens leave no room to evict any, beside sinks and tail, " ++
             "in max_tokens = {d}";
         const pinned = kept_file.count_within(pins.items, 0, std.math.maxInt(u64));
@@ -197,6 +194,7 @@ pub fn evict(cache: *Cache, gone: []const Range) Error!void {
         .next = cache.next,
         .begin = begin,
         .boundary = cache.boundary,
+        .cold = cache.cold,
     }) catch return error.OutOfMemory; // nothing is added, so no pool is full
     cache.replace_kept(after.kept);
     cache.evicted += before - cache.len();

@@ -2,12 +2,14 @@
 //! caller, or from the tail for tokens that migrate), rounded, rotated and packed. kv heads are
 //! shared out among threads; a head's pages are nobody else's. Called by append.zig; calls the
 //! kernel table.
+const std = @import("std");
 const abi = @import("abi.zig");
 const dispatch = @import("dispatch.zig");
 const encode = @import("encode.zig");
 const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const kernels = @import("kernels.zig");
+const recode = @import("recode.zig");
 const rows_file = @import("rows.zig");
 const scratch = @import("scratch.zig");
 const threads = @import("threads.zig");
@@ -52,8 +54,16 @@ pub const Workspace = struct {
     }
 };
 
-/// Writes the positions [start, end), which `tier` covers.
-pub fn fill(tier: *Tier, start: u64, end: u64, source: *const Source, workspace: *Workspace) void {
+/// Writes the positions [start, end), which `tier` covers. Tokens get into the store as the warm
+/// tier holds them, or would have held them, if there is one: `through`.
+pub fn fill(
+    tier: *Tier,
+    start: u64,
+    end: u64,
+    source: *const Source,
+    through: ?*const Tier,
+    workspace: *Workspace,
+) void {
     if (start >= end) return;
     var job: Job = .{
         .table = dispatch.table(),
@@ -61,6 +71,7 @@ pub fn fill(tier: *Tier, start: u64, end: u64, source: *const Source, workspace:
         .start = start,
         .end = end,
         .source = source,
+        .through = through,
         .lanes = &workspace.lanes,
     };
     const heads: u32 = @intCast(tier.heads);
@@ -74,6 +85,7 @@ const Job = struct {
     start: u64,
     end: u64,
     source: *const Source,
+    through: ?*const Tier,
     lanes: *scratch.Lanes,
 
     fn fill_head(context: *anyopaque, head: u32) void {
@@ -109,7 +121,20 @@ const Job = struct {
     }
 
     /// Consecutive tokens of one head within one page.
-    const Run = struct { position: u64, slot: usize, count: usize, head: usize };
+    const Run = struct {
+        position: u64,
+        slot: usize,
+        count: usize,
+        head: usize,
+
+        fn without(run: Run, first: usize) Run {
+            var rest = run;
+            rest.position += first;
+            rest.slot += first;
+            rest.count -= first;
+            return rest;
+        }
+    };
 
     fn fill_half(
         job: *const Job,
@@ -120,6 +145,7 @@ const Job = struct {
         rows: []f32,
         ahead: rows_file.Rows,
     ) void {
+        if (job.through) |warm| return job.fill_through(warm, side, half, base, run, rows);
         const dim = half.dim_stored();
         const f = @backingInt(half.format);
         if (!half.quantized()) {
@@ -140,7 +166,10 @@ const Job = struct {
             });
         }
         job.read(side, half, run, .{ .rows = rows.ptr });
-        if (half.centred) job.centre(side, half, base, run, rows);
+        if (half.centred) {
+            job.choose_offsets(side, half, base, run, rows);
+            encode_k.subtract_offsets(rows.ptr, run.count, dim, half.offsets(base));
+        }
         if (run.count == format.page_tokens) {
             const table = job.table;
             const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
@@ -150,10 +179,62 @@ const Job = struct {
         }
     }
 
-    /// Makes the run's rows relative to the offset of their page. A new page gets the offset of its
-    /// tokens in the first batch that reaches it, whichever of them are in the run: so it does not
-    /// matter how the stream was cut into appends. If tokens of the page are kept, it gets theirs.
-    fn centre(
+    /// Packs the run's rows as the warm tier has them.
+    fn fill_through(
+        job: *const Job,
+        warm: *const Tier,
+        comptime side: Side,
+        half: Half,
+        base: [*]u8,
+        run: Run,
+        rows: []f32,
+    ) void {
+        const from = warm.half(side);
+        if (std.meta.eql(from, half)) { // the same bits
+            const held: usize = @intCast(@min(run.count, warm.end -| run.position));
+            const number = run.position / warm.tokens_per_page;
+            const bytes = base[0..half.bytes()];
+            for (run.slot..run.slot + held) |slot| {
+                const source = warm.half_at(side, number, run.head);
+                recode.copy(half, side, source, bytes, slot);
+            }
+            const rest = run.without(held);
+            if (rest.count == 0) return;
+            job.read(side, half, rest, .{ .rows = rows.ptr });
+            return recode.encode(half, side, base, rest.slot, rest.count, rows.ptr);
+        }
+        job.fetch(side, half, run, rows);
+        if (half.centred) job.choose_offsets(side, half, base, run, rows);
+        recode.encode(half, side, base, run.slot, run.count, rows.ptr);
+    }
+
+    /// The run's rows as `half` wants them: at tail precision, or as the warm tier has them, from
+    /// its pages, or through a page of its format for tokens that never were there.
+    fn fetch(job: *const Job, comptime side: Side, half: Half, run: Run, memory: []f32) void {
+        const warm = job.through orelse
+            return job.read(side, half, run, .{ .rows = memory.ptr });
+        const from = warm.half(side);
+        const page: [*]u8 = @ptrCast(memory[memory.len / 2 ..].ptr);
+        const held: usize = @intCast(@min(run.count, warm.end -| run.position));
+        if (held > 0) {
+            const number = run.position / warm.tokens_per_page;
+            const source = warm.half_at(side, number, run.head);
+            recode.decode(from, side, source, run.slot, held, memory.ptr);
+        }
+        const rest = run.without(held);
+        if (rest.count > 0) {
+            const new = memory[held * from.dim_stored() ..].ptr;
+            job.read(side, from, rest, .{ .rows = new });
+            recode.encode(from, side, page, rest.slot, rest.count, new);
+            recode.decode(from, side, page, rest.slot, rest.count, new);
+        }
+        recode.change_space(from, half, run.count, memory.ptr);
+    }
+
+    /// A new page gets the offset of its tokens in the first batch that reaches it, whichever of
+    /// them are in the run: so it does not matter how the stream was cut into appends. If tokens of
+    /// the page are kept, it gets theirs. Leaves the run's rows where they are.
+    fn choose_offsets(
         job: *const Job,
         comptime side: Side,
         half: Half,
@@ -166,28 +247,25 @@ const Job = struct {
         const offsets = base + half.code_bytes() + half.scale_bytes();
         const page_start = run.position - run.slot;
         const fresh = page_start / format.page_tokens >= source.new_page;
-        if (fresh and run.position == @max(page_start, job.start)) {
-            if (kept_offsets(half, source, page_start / format.page_tokens, run.head)) |kept| {
-                @memcpy(offsets[0..dim], kept[0..dim]);
-                return encode_k.subtract_offsets(rows.ptr, run.count, dim, offsets);
-            }
-            const first = @max(page_start, source.migrating_from);
-            const batch_end = (first / source.batch + 1) * source.batch;
-            const count: usize = @intCast(@min(page_start + format.page_tokens, batch_end) - first);
-            if (first != run.position) { // tokens that are evicted at once count too
-                const slot: usize = @intCast(first - page_start);
-                const others: Run = .{
-                    .position = first,
-                    .slot = slot,
-                    .count = count,
-                    .head = run.head,
-                };
-                job.read(side, half, others, .{ .rows = rows.ptr });
-            }
-            encode_k.store_offsets(rows.ptr, count, dim, offsets);
-            if (first != run.position) job.read(side, half, run, .{ .rows = rows.ptr });
+        if (!fresh or run.position != @max(page_start, job.start)) return;
+        if (kept_offsets(half, source, page_start / format.page_tokens, run.head)) |kept| {
+            return @memcpy(offsets[0..dim], kept[0..dim]);
         }
-        encode_k.subtract_offsets(rows.ptr, run.count, dim, offsets);
+        const first = @max(page_start, source.migrating_from);
+        const batch_end = (first / source.batch + 1) * source.batch;
+        const count: usize = @intCast(@min(page_start + format.page_tokens, batch_end) - first);
+        if (first != run.position) { // tokens that are evicted at once count too
+            const slot: usize = @intCast(first - page_start);
+            const others: Run = .{
+                .position = first,
+                .slot = slot,
+                .count = count,
+                .head = run.head,
+            };
+            job.fetch(side, half, others, rows);
+        }
+        encode_k.store_offsets(rows.ptr, count, dim, offsets);
+        if (first != run.position) job.fetch(side, half, run, rows);
     }
 
     fn kept_offsets(half: Half, source: *const Source, number: u64, head: usize) ?[*]const u8 {

@@ -157,6 +157,16 @@ pub fn limit_of(half: Half) f32 {
     return @floatCast(largest / @sqrt(block));
 }
 
+/// The largest magnitude of what `warm` holds before `store` does. Rounding may have made values
+/// larger by then: by little, within a space of values; by up to half a step of every value of its
+/// block, where they are rotated in between.
+pub fn limit_through(warm: Half, store: Half) f32 {
+    const block: f64 = @floatFromInt(rotate.largest_block(warm.dim_stored()));
+    const unrotates = warm.rotated and !store.rotated;
+    const growth: f64 = if (unrotates) 1.0 + block / 16.0 else 1.0 + 1.0 / 128.0;
+    return @floatCast(limit_of(store) / growth);
+}
+
 test "limits round to the largest finite value" {
     const half: Half = .{ .format = .f16, .dim = 64, .slots = 16, .rotated = false };
     const limit = limit_of(half);

@@ -10,10 +10,11 @@ const Tier = @import("tier.zig").Tier;
 pub fn stats(cache: *Cache) abi.CacheStats {
     cache.lock.lockShared();
     defer cache.lock.unlockShared();
-    const sinks, const store, const tail = .{
+    const sinks, const store, const warm, const tail = .{
         &cache.tiers[0],
         &cache.tiers[1],
         &cache.tiers[2],
+        &cache.tiers[3],
     };
     var out: abi.CacheStats = .{
         .total_tokens = cache.len(),
@@ -25,10 +26,13 @@ pub fn stats(cache: *Cache) abi.CacheStats {
         .sink_bytes = sinks.page_count() * sinks.page_bytes(),
         .store_bytes = store.page_count() * store.page_bytes(),
         .tail_bytes = tail.page_count() * tail.page_bytes(),
-        .page_count = sinks.page_count() + store.page_count() + tail.page_count(),
+        .page_count = sinks.page_count() + store.page_count() + warm.page_count() +
+            tail.page_count(),
         .evicted_tokens = cache.evicted,
         .migrated_tokens = cache.migrated,
         .overhead_bytes = @sizeOf(Cache) + cache.rows.len * @sizeOf(f32),
+        .warm_tokens = warm.tokens(),
+        .warm_bytes = warm.page_count() * warm.page_bytes(),
     };
     const in_store = cache.body() == store;
     const tokens = if (in_store) &out.store_tokens else &out.tail_tokens;
@@ -106,13 +110,15 @@ pub fn check(cache: *Cache) error{Corrupt}!void {
         message.set("the page table of run {d} does not match its positions", .{i});
         return error.Corrupt;
     }
-    const sinks, const store, const tail = .{
+    const sinks, const store, const warm, const tail = .{
         &cache.tiers[0],
         &cache.tiers[1],
         &cache.tiers[2],
+        &cache.tiers[3],
     };
     var in_order = sinks.start == 0 and sinks.end <= store.start and
-        store.end == tail.start and tail.end == cache.next and
+        store.end == warm.start and warm.end == tail.start and tail.end == cache.next and
+        cache.cold <= cache.boundary and (cache.config.has_warm() or warm.tokens() == 0) and
         sinks.end <= cache.config.sink_tokens;
     for (cache.kept_runs(), 1..) |*kept, i| {
         in_order = in_order and cache.run(i - 1).end <= kept.start and kept.tokens() > 0 and

@@ -19,6 +19,7 @@ pub const std_options: std.Options = .{ .signal_stack_size = null };
 
 test {
     _ = abi;
+    _ = @import("abi_policy.zig");
     _ = @import("abi_quantize.zig");
     _ = @import("abi_sequence.zig");
     _ = @import("abi_snapshot.zig");
@@ -30,6 +31,7 @@ test {
     _ = @import("cache.zig");
     _ = @import("config.zig");
     _ = @import("cpu.zig");
+    _ = @import("convert.zig");
     _ = @import("digest.zig");
     _ = @import("dispatch.zig");
     _ = @import("dot.zig");
@@ -52,7 +54,9 @@ test {
     _ = @import("pool.zig");
     _ = @import("pool_test.zig");
     _ = @import("prepare.zig");
+    _ = @import("quality.zig");
     _ = @import("quantize.zig");
+    _ = @import("recode.zig");
     _ = @import("request.zig");
     _ = @import("rotate.zig");
     _ = @import("rows.zig");
@@ -70,5 +74,6 @@ test {
     _ = @import("table.zig");
     _ = @import("threads.zig");
     _ = @import("tier.zig");
+    _ = @import("tier_test.zig");
     _ = @import("vec.zig");
 }

@@ -48,11 +48,13 @@ pub fn state(cache: *Cache) abi.CacheState {
     return .{
         .next = cache.next,
         .begin = cache.begin,
+        .cold = cache.cold,
         .boundary = cache.boundary,
         .evicted = cache.evicted,
         .migrated = cache.migrated,
         .sink_rows = tier_state(cache.tier_of(.sinks)).rows,
         .store_rows = tier_state(cache.tier_of(.store)).rows,
+        .warm_rows = tier_state(cache.tier_of(.warm)).rows,
         .tail_rows = tier_state(cache.tier_of(.tail)).rows,
         .kept_rows = kept.row_count(cache.body(), cache.kept_runs()),
     };
@@ -67,7 +69,7 @@ pub fn tier(cache: *Cache, name: u32) error{InvalidArgument}!abi.TierState {
 
 fn tier_named(cache: *const Cache, name: u32) error{InvalidArgument}!*const Tier {
     if (name < cache.tiers.len) return &cache.tiers[name];
-    message.set("tier is {d}; expected 0 (sinks), 1 (store), 2 (tail) or 3 (kept)", .{name});
+    message.set("tier is {d}; expected 0 to 4: sinks, store, warm, tail, kept", .{name});
     return error.InvalidArgument;
 }
 
@@ -178,31 +180,35 @@ pub fn set_state(
     }
     const count_max = std.math.maxInt(i64);
     const sane = given.next <= position_max and given.begin <= given.next and
-        given.boundary <= given.next and given.evicted <= count_max and given.migrated <= count_max;
-    if (!sane or (cache.config.kind == .pooled and given.boundary != 0)) {
-        message.set("next {d}, begin {d}, boundary {d}: not the state of a cache", .{
-            given.next, given.begin, given.boundary,
-        });
+        given.cold <= given.boundary and given.boundary <= given.next and
+        given.evicted <= count_max and given.migrated <= count_max;
+    const tiers_fit = (cache.config.kind == .two_tier or given.boundary == 0) and
+        (cache.config.has_warm() or given.cold == given.boundary);
+    if (!sane or !tiers_fit) {
+        const text = "next {d}, begin {d}, cold {d}, boundary {d}: not the state of a cache";
+        message.set(text, .{ given.next, given.begin, given.cold, given.boundary });
         return error.InvalidArgument;
     }
     const after: Cache.Plan = .{
         .next = given.next,
         .begin = given.begin,
         .boundary = given.boundary,
+        .cold = given.cold,
     };
     const bounds = cache.bounds(after);
-    const rows = .{ given.sink_rows, given.store_rows, given.tail_rows };
+    const rows = .{ given.sink_rows, given.store_rows, given.warm_rows, given.tail_rows };
     const kept_tokens = try kept.check(cache, bounds, ranges, given.kept_rows);
     try check_size(cache, bounds, rows, kept_tokens);
     var end: usize = pieces.len;
     while (end > 0 and pieces[end - 1].tier == kept.tier_name) end -= 1;
-    const behind = try kept.open(cache, ranges, mapping, pieces[end..]);
+    const behind = try kept.open(cache, &.{}, ranges, mapping, pieces[end..]);
     errdefer if (behind) |k| k.release(cache.gpa, cache.pool);
     try open_tiers(cache, bounds, mapping, pieces[0..end]);
     cache.replace_kept(behind);
     cache.next = given.next;
     cache.begin = given.begin;
     cache.boundary = given.boundary;
+    cache.cold = given.cold;
     cache.evicted = given.evicted;
     cache.migrated = given.migrated;
     if (mapping) |m| cache.replace_mapping(m.retain());
@@ -223,14 +229,11 @@ fn check_size(
         return error.InvalidArgument;
     }
     const config = &cache.config;
+    const warm = bounds[@backingInt(cache_file.TierName.warm)];
     const tail = bounds[@backingInt(cache_file.TierName.tail)];
-    const tail_max = config.tail_length + config.migration_batch - 1;
-    if (config.kind == .two_tier and tail[1] - tail[0] > tail_max) {
-        message.set("{d} tokens in the tail; it has {d} at most", .{ tail[1] - tail[0], tail_max });
-        return error.InvalidArgument;
-    }
-    if (tokens <= cache.config.max_tokens) return;
-    message.set("{d} tokens; max_tokens is {d}", .{ tokens, cache.config.max_tokens });
+    try config.check_recent(warm[1] - warm[0], tail[1] - tail[0]);
+    if (tokens <= config.max_tokens) return;
+    message.set("{d} tokens; max_tokens is {d}", .{ tokens, config.max_tokens });
     return error.InvalidArgument;
 }
 
@@ -284,7 +287,7 @@ pub fn skip(
         });
         return error.InvalidArgument;
     }
-    try cache.move(.{ .next = position, .begin = position, .boundary = 0 });
+    try cache.move(.{ .next = position, .begin = position, .boundary = 0, .cold = 0 });
     cache.evicted = position - sinks;
 }
 

@@ -4,13 +4,12 @@
 const std = @import("std");
 const abi = @import("abi.zig");
 const cache_file = @import("cache.zig");
-const format = @import("format.zig");
 const kept_file = @import("kept.zig");
 const message = @import("message.zig");
+const recode = @import("recode.zig");
 const snapshot = @import("snapshot.zig");
 const tier_file = @import("tier.zig");
 const Cache = cache_file.Cache;
-const Half = format.Half;
 const Kept = kept_file.Kept;
 const Mapping = @import("mapping.zig").Mapping;
 const Piece = tier_file.Piece;
@@ -18,7 +17,7 @@ const Range = kept_file.Range;
 const Tier = tier_file.Tier;
 
 /// Its number beside those of the tiers.
-pub const tier_name = 3;
+pub const tier_name = 4;
 
 pub fn row_count(body: *const Tier, runs: []const Tier) u64 {
     var rows: u64 = 0;
@@ -96,35 +95,8 @@ fn copy_live(run: *const Tier, number: u64, head: usize, target: []u8) void {
         @memcpy(target[at..][0..run.key.dim_stored()], offsets[0..run.key.dim_stored()]);
     }
     for (start..end) |slot| {
-        copy_slot(run.key, .key, run.keys_of(page), target[0..key_bytes], slot);
-        copy_slot(run.value, .value, run.values_of(page), target[key_bytes..], slot);
-    }
-}
-
-fn copy_slot(
-    half: Half,
-    comptime side: format.Side,
-    source: [*]const u8,
-    target: []u8,
-    slot: usize,
-) void {
-    switch (half.format) {
-        inline else => |tag| {
-            const T = format.all[@backingInt(tag)];
-            if (!T.quantized) {
-                const bytes = half.row_bytes();
-                @memcpy(target[slot * bytes ..][0..bytes], source[slot * bytes ..][0..bytes]);
-                return;
-            }
-            for (0..half.dim_stored()) |dim| {
-                T.set(side, target.ptr, slot, dim, T.get(side, source, slot, dim));
-            }
-            for (0..half.groups()) |g| {
-                const size = @sizeOf(T.Scale);
-                const at = half.code_bytes() + (g * format.page_tokens + slot) * size;
-                @memcpy(target[at..][0..size], source[at..][0..size]);
-            }
-        },
+        recode.copy(run.key, .key, run.keys_of(page), target[0..key_bytes], slot);
+        recode.copy(run.value, .value, run.values_of(page), target[key_bytes..], slot);
     }
 }
 
@@ -163,7 +135,7 @@ pub fn check(
     ranges: []const Range,
     rows: u64,
 ) error{InvalidArgument}!u64 {
-    const body_start = bounds[if (cache.config.kind == .two_tier) 1 else 2][0];
+    const body_start = bounds[@backingInt(cache.body_name())][0];
     const size = cache.body().tokens_per_page;
     var end = bounds[0][1];
     var tokens: u64 = 0;
@@ -190,6 +162,7 @@ pub fn check(
 /// Makes what is kept, in new rows or in those of a mapping.
 pub fn open(
     cache: *Cache,
+    pins: []const Range,
     ranges: []const Range,
     mapping: ?*Mapping,
     pieces: []const abi.MappedRows,
@@ -232,5 +205,5 @@ pub fn open(
     const pointers = try gpa.alloc(*const Tier, sources.items.len);
     defer gpa.free(pointers);
     for (pointers, sources.items) |*pointer, *source| pointer.* = source;
-    return Kept.create(gpa, cache.pool, &.{}, ranges, pointers);
+    return Kept.create(gpa, cache.pool, pins, ranges, pointers);
 }

@@ -132,7 +132,7 @@ pub const Spill = struct {
 /// them. False if there are none, or no room. The cache is locked, and no change is pending.
 pub fn make_room(cache: *Cache) error{OutOfMemory}!bool {
     const spill = cache.pool.spill orelse return false;
-    const tier = cache.tier_of(if (cache.config.kind == .pooled) .tail else .store);
+    const tier = cache.tier_of(cache.body_name());
     const table = tier.table orelse return false;
     if (!table.alone() or chunk_tokens % tier.tokens_per_page != 0) return false;
     const per_chunk: usize = @intCast(chunk_tokens / tier.tokens_per_page);

@@ -38,6 +38,7 @@ from kvz.plan import Plan, plan
 from kvz.pool import AlignedBuffer, BufferPool, BufferSize, PooledBuffer, PoolStats, default_pool
 from kvz.pooled import PooledBlock, PooledCache, PooledCacheStats
 from kvz.prefix import PrefixCache, PrefixStats
+from kvz.quality import CacheQuality, ModelQuality
 from kvz.quantize import QuantizedTensor, quantize
 from kvz.stats import CacheStats
 from kvz.transaction import Transaction
@@ -48,6 +49,7 @@ __all__ = [
     "BufferPool",
     "BufferSize",
     "CacheConfig",
+    "CacheQuality",
     "CacheStats",
     "CacheTier",
     "ClosedError",
@@ -63,6 +65,7 @@ __all__ = [
     "InvalidTypeError",
     "KvzError",
     "ModelCache",
+    "ModelQuality",
     "ModelStats",
     "NotFiniteError",
     "NotRepresentableError",

@@ -154,8 +154,9 @@ def _restore(
         **{name: layer.state[name] for name in STATE},
         sink_rows=rows[0],
         store_rows=rows[1],
-        tail_rows=rows[2],
-        kept_rows=rows[3],
+        warm_rows=rows[2],
+        tail_rows=rows[3],
+        kept_rows=rows[4],
     )
     found = [core.new("TierState") for _ in TIERS]
     with cache._handle as pointer, core.frame() as frame:

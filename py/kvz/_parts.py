@@ -23,8 +23,8 @@ from kvz.arrays import address_of
 from kvz.config import CacheConfig
 from kvz.errors import ConfigError, CorruptSnapshotError, KvzError, SnapshotError
 
-TIERS = ("sinks", "store", "tail", "kept")  # as the core numbers them
-STATE = ("next", "begin", "boundary", "evicted", "migrated")
+TIERS = ("sinks", "store", "warm", "tail", "kept")  # as the core numbers them
+STATE = ("next", "begin", "cold", "boundary", "evicted", "migrated")
 KINDS = ("two_tier", "pooled")
 HASHES = "hashes"
 _POSITION_MAX = 1 << 62  # so that sums of two fit int64
@@ -129,9 +129,9 @@ class Layer:
         )
         if made.tokens_per_block < 1:
             raise ValueError("no page")
-        if made.tiers[3].held != rows_over(made.kept, made.page_tokens):
+        if made.tiers[-1].held != rows_over(made.kept, made.page_tokens):
             raise ValueError("other rows than the kept positions have")
-        if any(len(tier.held) > 1 for tier in made.tiers[:3]):
+        if any(len(tier.held) > 1 for tier in made.tiers[:-1]):
             raise ValueError("a tier in pieces")
         return made
 
@@ -195,7 +195,7 @@ class Part(Closing):
     parent : str or None
         The checksum of the file that this one continues.
     fingerprint : dict
-    page_bytes : list of 3-tuples of int
+    page_bytes : list of tuples of int
         Of the tiers of each layer, where the file has rows of them, else 0.
     """
 

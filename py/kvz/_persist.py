@@ -150,7 +150,7 @@ class PersistentCache(BaseCache):
         """Append what another cache holds, at its positions; this one is empty."""
         tokens, sinks = len(other), other.config.sink_tokens
         start = 0
-        if len(other._ranges(other._core.cache_runs)) > 3:
+        if len(other._ranges(other._core.cache_runs)) > 4:
             raise SnapshotMismatchError(
                 "config: a cache that keeps tokens behind its window cannot be converted"
             )

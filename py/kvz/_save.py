@@ -22,6 +22,7 @@ from kvz._container import Tensor, dump, encode, load, sync_folder
 from kvz._parts import (
     HASHES,
     STATE,
+    TIERS,
     Hashes,
     Layer,
     Rows,
@@ -103,7 +104,7 @@ def _describe(cache: CacheState) -> Layer:
     tiers = []
     with cache._handle as pointer, core.frame() as frame:
         core.check(core.cache_state(pointer, frame.ref(now)))
-    for number in range(3):
+    for number in range(len(TIERS) - 1):
         found = core.new("TierState")
         with cache._handle as pointer, core.frame() as frame:
             core.check(core.cache_tier(pointer, number, frame.ref(found)))
@@ -115,7 +116,7 @@ def _describe(cache: CacheState) -> Layer:
         config=cache._config,
         state={name: getattr(now, name) for name in STATE},
         tiers=tuple(tiers),
-        kept=tuple(cache._ranges(core.cache_runs)[1:-2]),
+        kept=tuple(cache._ranges(core.cache_runs)[1:-3]),
         pins=tuple(cache._ranges(core.cache_pins)),
     )
     kept = rows_over(layer.kept, layer.page_tokens)

@@ -234,7 +234,7 @@ class CacheState(Closing):
     def nbytes(self) -> int:
         """Bytes of the pages held, with the slots not yet filled."""
         now = self._core_stats()
-        return int(now.sink_bytes + now.store_bytes + now.tail_bytes)
+        return int(now.sink_bytes + now.store_bytes + now.warm_bytes + now.tail_bytes)
 
     @property
     def config(self) -> CacheConfig:
@@ -311,4 +311,6 @@ def config_struct(core: Core, config: CacheConfig, kind: str, tokens_per_block: 
         sink_tokens=config.sink_tokens,
         tokens_per_block=tokens_per_block,
         rotation=core.enums["Rotation"][config.rotation],
+        warm_format=formats[str(config.warm_precision)],
+        warm_length=config.warm_length,
     )

@@ -93,6 +93,7 @@ _BITS = {
     Precision.Q2K: 2.25,
 }
 _TAIL = (Precision.F32, Precision.F16, Precision.BF16)
+_WARM = (*_TAIL, Precision.Q8, Precision.Q4)  # whose tokens do not depend on each other
 
 PrecisionLike: TypeAlias = (
     Precision | Literal["f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k"]
@@ -159,6 +160,10 @@ class CacheConfig:
     rotation : {"auto", "on", "off"}
         Whether packed vectors are rotated, which spreads outliers over all values: "auto" for all
         but q8, "on" for q8 too.
+    warm_length : int
+        Tokens between tail and store, at least this many, that stay at `warm_precision`; from
+        there they go on to the store, 64 at a time. With 0 there is no such tier.
+    warm_precision : {"f32", "f16", "bf16", "q8", "q4"}
 
     Raises
     ------
@@ -184,19 +189,23 @@ class CacheConfig:
     migration_batch: int = 64
     sink_tokens: int = 0
     rotation: Literal["auto", "on", "off"] = "auto"
+    warm_length: int = 0
+    warm_precision: PrecisionLike = Precision.Q8
 
     def __post_init__(self) -> None:
         problems = [*self._size_problems(), *self._choice_problems()]
         if not problems and self.max_tokens < self._least_max_tokens():
+            warm = f" + warm_length + {_PAGE}" if self.warm_length else ""
             problems = [
-                f"max_tokens: expected at least sink_tokens + tail_length + migration_batch = "
-                f"{self._least_max_tokens()}, got {self.max_tokens}"
+                f"max_tokens: expected at least sink_tokens + tail_length + migration_batch{warm} "
+                f"= {self._least_max_tokens()}, got {self.max_tokens}"
             ]
         if problems:
             raise ConfigError("; ".join(problems))
 
     def _least_max_tokens(self) -> int:
-        return self.sink_tokens + self.tail_length + self.migration_batch
+        warm = self.warm_length + _PAGE if self.warm_length else 0
+        return self.sink_tokens + self.tail_length + self.migration_batch + warm
 
     def _size_problems(self) -> list[str]:
         """Check the integers, and make them plain Python ints."""
@@ -238,6 +247,14 @@ class CacheConfig:
         except InvalidArgumentError as error:
             problems.append(str(error))
         try:
+            warm = to_precision(self.warm_precision, "warm_precision")
+            if warm not in _WARM:
+                known = ", ".join(f"'{one}'" for one in _WARM)
+                problems.append(f"warm_precision: expected one of {known}, got '{warm}'")
+            object.__setattr__(self, "warm_precision", warm)
+        except InvalidArgumentError as error:
+            problems.append(str(error))
+        try:
             check_rotation(self.rotation)
         except InvalidArgumentError as error:
             problems.append(str(error))
@@ -262,6 +279,12 @@ class CacheConfig:
         return self._bytes_per_token(tail, tail)
 
     @property
+    def warm_bytes_per_token(self) -> int:
+        """Bytes of one token in the warm tier, over all heads, scales and padding included."""
+        warm = Precision(self.warm_precision)
+        return self._bytes_per_token(warm, warm)
+
+    @property
     def store_bytes_per_token(self) -> int:
         """Bytes of one token in the store, over all heads, scales and padding included."""
         return self._bytes_per_token(self.key_precision, self.value_precision)
@@ -277,6 +300,7 @@ class CacheConfig:
         pair = given["store_precision"]
         given["store_precision"] = list(map(str, pair)) if isinstance(pair, tuple) else str(pair)
         given["tail_precision"] = str(self.tail_precision)
+        given["warm_precision"] = str(self.warm_precision)
         return given
 
     @classmethod
@@ -311,6 +335,7 @@ _SIZES = {
     "tail_length": (0, 1 << 40),
     "migration_batch": (1, 1 << 40),
     "sink_tokens": (0, 1 << 40),
+    "warm_length": (0, 1 << 40),
 }
 
 
@@ -319,7 +344,15 @@ _SIZES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HighPrecisionTail:
-    """Sets the tail and leaves the store as it is."""
+    """Sets the tail (and the precision of the sinks), and leaves the store as it is.
+
+    A longer tail takes tokens back from the store; what these lost there does not come back.
+
+    Parameters
+    ----------
+    tail_length : int
+    precision : {"f32", "f16", "bf16"}
+    """
 
     tail_length: int = 256
     precision: PrecisionLike = Precision.F16
@@ -331,7 +364,12 @@ class HighPrecisionTail:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizedStore:
-    """Sets the store and leaves the tail as it is."""
+    """Sets the store, and leaves tail and warm tier as they are.
+
+    Parameters
+    ----------
+    precision : a precision, or a pair of them (keys, values)
+    """
 
     precision: StorePrecision = Precision.Q4
 
@@ -342,19 +380,35 @@ class QuantizedStore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hybrid:
-    """Sets the tail and the store."""
+    """Sets the tail and the store, and the warm tier if it is given.
+
+    Parameters
+    ----------
+    tail_length : int
+    tail_precision : {"f32", "f16", "bf16"}
+    store_precision : a precision, or a pair of them (keys, values)
+    warm_length : int, optional
+        0 is no warm tier; by default it stays as it is.
+    warm_precision : {"f32", "f16", "bf16", "q8", "q4"}, optional
+        By default it stays as it is.
+    """
 
     tail_length: int = 256
     tail_precision: PrecisionLike = Precision.F16
     store_precision: StorePrecision = Precision.Q4
+    warm_length: int | None = None
+    warm_precision: PrecisionLike | None = None
 
     def apply(self, config: CacheConfig) -> CacheConfig:
-        """Return `config` with this tail and this store."""
+        """Return `config` with these tiers."""
+        warm, precision = self.warm_length, self.warm_precision
         return replace(
             config,
             tail_length=self.tail_length,
             tail_precision=self.tail_precision,
             store_precision=self.store_precision,
+            warm_length=config.warm_length if warm is None else warm,
+            warm_precision=config.warm_precision if precision is None else precision,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from kvz.stats import CacheStats, format_bytes
 
 #: Of the tiers, in the order of their positions; readable on white and on black.
-COLORS = {"sinks": "#c2554d", "store": "#4878a8", "tail": "#d99a2b"}
+COLORS = {"sinks": "#c2554d", "store": "#4878a8", "warm": "#7a9a4a", "tail": "#d99a2b"}
 _BAR = "display:flex;height:14px;width:100%;max-width:560px;border-radius:3px;overflow:hidden"
 _BOX = "font-family:sans-serif;font-size:13px;line-height:1.5"
 
@@ -39,7 +39,7 @@ def stats_html(stats: CacheStats, title: str, names: dict[str, str] | None = Non
 
 def tier_bar(stats: Any) -> str:
     """Return a bar whose parts are as wide as the bytes of the tiers."""
-    total = stats.sink_bytes + stats.store_bytes + stats.tail_bytes
+    total = sum(_bytes_of(stats))
     parts = (
         (name, size) for name, size in zip(COLORS, _bytes_of(stats), strict=True) if size and total
     )
@@ -52,7 +52,7 @@ def tier_bar(stats: Any) -> str:
 
 
 def _legend(stats: CacheStats, names: dict[str, str]) -> str:
-    counts = (stats.sink_tokens, stats.store_tokens, stats.tail_tokens)
+    counts = (stats.sink_tokens, stats.store_tokens, stats.warm_tokens, stats.tail_tokens)
     return " ".join(
         f'<span style="color:{COLORS[tier]}">&#9632;</span> {escape(names.get(tier, tier))}: '
         f"{count:,} tokens, {format_bytes(size)}&nbsp;"
@@ -61,8 +61,8 @@ def _legend(stats: CacheStats, names: dict[str, str]) -> str:
     )
 
 
-def _bytes_of(stats: Any) -> tuple[int, int, int]:
-    return stats.sink_bytes, stats.store_bytes, stats.tail_bytes
+def _bytes_of(stats: Any) -> tuple[int, int, int, int]:
+    return stats.sink_bytes, stats.store_bytes, stats.warm_bytes, stats.tail_bytes
 
 
 def layers_html(layers: Any, title: str) -> str:

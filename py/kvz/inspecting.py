@@ -39,8 +39,8 @@ def inspect_snapshot(path: Path, core: str | None) -> dict[str, Any]:
     }
 
 
-HEAD = ("\nlayer", "heads\nx dim", "\nstore", "\ntokens", "\nsinks", "in\nstore", "in\ntail",
-        "\nbytes", "digest\n")  # fmt: skip
+HEAD = ("\nlayer", "heads\nx dim", "\nstore", "\ntokens", "\nsinks", "in\nstore", "\nwarm",
+        "in\ntail", "\nbytes", "digest\n")  # fmt: skip
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
@@ -59,6 +59,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
                 f"{now['total_tokens']:,}",
                 f"{now['sink_tokens']:,}",
                 f"{now.get('store_tokens', 0):,}",
+                f"{now.get('warm_tokens', 0):,}",
                 f"{now.get('tail_tokens', now['total_tokens'] - now['sink_tokens']):,}",
                 f"{now['total_bytes']:,}",
                 layer["digest"],

@@ -15,10 +15,11 @@ from kvz._persist import Source, load_layers
 from kvz._save import save
 from kvz.arrays import as_count
 from kvz.cache import TwoTierCache
-from kvz.config import CacheConfig
+from kvz.config import CacheConfig, HighPrecisionTail, Hybrid, Policy, QuantizedStore
 from kvz.errors import InvalidArgumentError, InvalidTypeError
 from kvz.html import layers_html
 from kvz.pool import BufferPool, PoolStats, default_pool
+from kvz.quality import ModelQuality
 from kvz.stats import CacheStats, format_bytes
 from kvz.transaction import Transaction
 
@@ -210,6 +211,56 @@ class ModelCache(Closing):
     def transaction(self) -> Transaction:
         """Begin something that may be undone without a trace, in all layers together."""
         return Transaction(*self._layers)
+
+    def update_policy(self, policy: Policy | Iterable[Policy]) -> None:
+        """Change tails, stores or warm tiers of all layers, or, if anything is wrong, of none.
+
+        As `TwoTierCache.update_policy`; the old pages of all layers stay until the last one is
+        through.
+
+        Parameters
+        ----------
+        policy : HighPrecisionTail, QuantizedStore or Hybrid, or one for each layer
+        """
+        single = isinstance(policy, (HighPrecisionTail, QuantizedStore, Hybrid))
+        chosen: Any = [policy] * len(self) if single else policy
+        if not isinstance(chosen, Iterable):
+            raise InvalidTypeError(f"policy: expected one, or one for each layer, got {policy!r}")
+        chosen = list(chosen)
+        if len(chosen) != len(self):
+            raise InvalidArgumentError(
+                f"policy: expected one for each of {len(self)} layers, got {len(chosen)}"
+            )
+        with self.transaction():
+            for layer, one in zip(self._layers, chosen, strict=True):
+                layer.update_policy(one)
+
+    def quality(
+        self, queries: Any = None, scale: float | None = None, *, tokens: int = 64
+    ) -> ModelQuality:
+        """Measure what the stores of all layers are going to make of tokens that are still exact.
+
+        Parameters
+        ----------
+        queries : one for each layer, optional
+            As `TwoTierCache.quality` takes it; None leaves a layer's logits out.
+        scale : float, by default 1 / sqrt(head_dim)
+        tokens : int
+            How many tokens to measure in each layer, 64 at most.
+
+        Returns
+        -------
+        ModelQuality
+        """
+        given = [None] * len(self) if queries is None else list(queries)
+        if len(given) != len(self):
+            raise InvalidArgumentError(
+                f"queries: expected one for each of {len(self)} layers, got {len(given)}"
+            )
+        pairs = zip(self._layers, given, strict=True)
+        return ModelQuality(
+            layers=tuple(layer.quality(query, scale, tokens=tokens) for layer, query in pairs)
+        )
 
     # -- On disk ---------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class _Layer:
         with core.frame() as frame:
             given = config_struct(core, config, "two_tier", 1)
             core.check(core.cache_layout(frame.ref(given), frame.ref(out)))
-        names = ("sink", "store", "tail")
+        names = ("sink", "store", "warm", "tail")
         self._page_tokens = {name: int(getattr(out, f"{name}_page_tokens")) for name in names}
         self._page_bytes = {name: int(getattr(out, f"{name}_page_bytes")) for name in names}
 
@@ -113,26 +113,45 @@ class _Layer:
         if tokens > config.max_tokens:
             return max(self.bytes_for(config.max_tokens), self._bytes_of_a_window())
         sinks = _pages(0, min(config.sink_tokens, tokens), size["sink"])
-        stored = _pages(config.sink_tokens, self._boundary(tokens), size["store"])
-        return self._bytes(sinks, stored, self._tail_pages(tokens))
+        stored = _pages(config.sink_tokens, self._cold(tokens), size["store"])
+        return self._bytes(sinks, stored, self._warm_pages(tokens), self._tail_pages(tokens))
 
     def _bytes_of_a_window(self) -> int:
         """Give the same once old tokens leave: what is stored may then lie in one page more."""
         config, size = self.config, self._page_tokens
-        stored = config.max_tokens - config.sink_tokens - config.tail_length
+        recent = config.tail_length + config.warm_length
+        stored = config.max_tokens - config.sink_tokens - recent
         return self._bytes(
             _pages(0, config.sink_tokens, size["sink"]),
             (stored - 2) // size["store"] + 2 if stored > 1 else stored,
+            self._warm_pages(config.max_tokens),
             self._tail_pages(config.max_tokens),
         )
 
-    def _bytes(self, sinks: int, stored: int, tail: int) -> int:
-        pages = {"sink": sinks, "store": stored, "tail": tail}
+    def _bytes(self, sinks: int, stored: int, warm: int, tail: int) -> int:
+        pages = {"sink": sinks, "store": stored, "warm": warm, "tail": tail}
         return sum(count * self._page_bytes[name] for name, count in pages.items())
 
     def _boundary(self, tokens: int) -> int:
         batch = self.config.migration_batch
         return max(tokens - self.config.tail_length, 0) // batch * batch
+
+    def _cold(self, tokens: int) -> int:
+        """Say where the store ends: by whole pages where a warm tier follows."""
+        boundary, warm = self._boundary(tokens), self.config.warm_length
+        page = self._page_tokens["store"]
+        return max(boundary - warm, 0) // page * page if warm else boundary
+
+    def _warm_pages(self, tokens: int) -> int:
+        """Count the most pages that the warm tier has had by then, of one head."""
+        config, size = self.config, self._page_tokens["warm"]
+        if not config.warm_length:
+            return 0
+        if self._cold(tokens) <= config.sink_tokens:  # nothing has left it
+            return _pages(config.sink_tokens, self._boundary(tokens), size)
+        # It begins with a page, and ends at a multiple of the batch.
+        step = math.gcd(config.migration_batch, size)
+        return -(-(config.warm_length + size - step + -config.warm_length % step) // size)
 
     def _tail_pages(self, tokens: int) -> int:
         """Count the most pages that the tail has had by then, of one head."""

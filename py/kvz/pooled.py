@@ -10,7 +10,7 @@ import numpy as np
 from kvz._persist import PersistentCache
 from kvz.arrays import Floats, as_count, as_float32
 from kvz.config import CacheConfig
-from kvz.errors import InvalidArgumentError, InvalidTypeError
+from kvz.errors import ConfigError, InvalidArgumentError, InvalidTypeError
 from kvz.pool import BufferPool, PooledBuffer, PoolStats
 from kvz.stats import format_bytes
 
@@ -60,7 +60,8 @@ class PooledCache(PersistentCache):
     Parameters
     ----------
     config : CacheConfig, optional
-        `tail_length`, `store_precision`, `migration_batch` and `rotation` have no effect.
+        `tail_length`, `store_precision`, `warm_precision`, `migration_batch` and `rotation` have
+        no effect; `warm_length` must be 0.
     pool : BufferPool, optional
     tokens_per_block : int
         Tokens per page of one head.
@@ -91,6 +92,13 @@ class PooledCache(PersistentCache):
         if config is None:  # what has no effect here need not fit into max_tokens
             config_fields = {"tail_length": 0, "migration_batch": 1, **config_fields}
         super().__init__(config, pool, core, config_fields, tokens_per_block)
+
+    def _configure(self, config: CacheConfig) -> None:
+        if config.warm_length:
+            raise ConfigError(
+                f"warm_length: expected 0, as a PooledCache has one tier, got {config.warm_length}"
+            )
+        super()._configure(config)
 
     @classmethod
     def _make(

@@ -14,14 +14,14 @@ class CacheStats:
 
     Attributes
     ----------
-    total_tokens, sink_tokens, store_tokens, tail_tokens : int
+    total_tokens, sink_tokens, store_tokens, warm_tokens, tail_tokens : int
         Tokens held: together, and by where they are.
     next_position : int
         The position that the next token will have.
     evicted_tokens, migrated_tokens : int
-        Tokens that left the cache, and that moved from the tail to the store, since it was made
-        or cleared.
-    sink_bytes, store_bytes, tail_bytes : int
+        Tokens that left the cache, and that moved from the tail to the store or the warm tier,
+        since it was made or cleared.
+    sink_bytes, store_bytes, warm_bytes, tail_bytes : int
     shared_bytes : int
         Those of them that are in pages which forks and open transactions hold too.
     overhead_bytes : int
@@ -37,12 +37,14 @@ class CacheStats:
     total_tokens: int = 0
     sink_tokens: int = 0
     store_tokens: int = 0
+    warm_tokens: int = 0
     tail_tokens: int = 0
     next_position: int = 0
     evicted_tokens: int = 0
     migrated_tokens: int = 0
     sink_bytes: int = 0
     store_bytes: int = 0
+    warm_bytes: int = 0
     tail_bytes: int = 0
     shared_bytes: int = 0
     overhead_bytes: int = 0
@@ -53,7 +55,7 @@ class CacheStats:
     @property
     def total_bytes(self) -> int:
         """Bytes of all pages."""
-        return self.sink_bytes + self.store_bytes + self.tail_bytes
+        return self.sink_bytes + self.store_bytes + self.warm_bytes + self.tail_bytes
 
     @property
     def own_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """The specification of kvz, in numpy: the same caches, written to be read instead of to be fast.
 
-Read formats.py and then caches.py, each from top to bottom; a part uses only what stands above it.
+Read formats.py, then caches.py with attention.py in its place, each from top to bottom; a part uses
+only what stands above it.
 
 1. *Rounding*: the three floating-point precisions.
 2. *Rotation*: an orthonormal Hadamard transform, which spreads outliers over a vector.
@@ -16,15 +17,8 @@ approximates: it computes the same sums with a stated error.
 Used by the test suite as its oracle; it needs numpy alone and no compiled core.
 """
 
-from kvz.reference.caches import (
-    Attention,
-    ReferenceCache,
-    ReferencePooledCache,
-    ReferenceStats,
-    Tiers,
-    attention,
-    spread_mask,
-)
+from kvz.reference.attention import Attention, attention, spread_mask
+from kvz.reference.caches import ReferenceCache, ReferencePooledCache, ReferenceStats, Tiers
 from kvz.reference.formats import (
     GROUP,
     Floats,

@@ -1,4 +1,4 @@
-"""Parts 4 to 6 of the specification: where tokens lie, attention, and the caches."""
+"""Parts 4 and 6 of the specification: where tokens lie, and the caches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvz.reference.attention import attention, spread_mask
 from kvz.reference.formats import Floats, Format, offset_of, round_to
 
 PAGE = 64  # tokens of a page of the store
@@ -20,115 +21,35 @@ PAGE = 64  # tokens of a page of the store
 class Tiers(NamedTuple):
     """Where everything lies. Positions count the stream from 0 and are never renumbered.
 
-    The first `sinks` positions stay for ever. Of the others, those before `boundary` are in the
-    store, those from there to `tokens` in the tail. Eviction has reached `first`: before it only
-    sinks, pinned tokens and what an explicit eviction spared are held; from there on all are.
+    The first `sinks` positions stay for ever. Of the others, those before `cold` are in the store,
+    those from there to `boundary` are warm, and those from there to `tokens` in the tail. Eviction
+    has reached `first`: before it only sinks, pinned tokens and what an explicit eviction spared
+    are held; from there on all are.
     """
 
     tokens: int = 0  # the position that the next token will have
     boundary: int = 0
+    cold: int = 0
     first: int = 0
 
     def after_append(self, count: int, config: Any, *, has_store: bool = True) -> Tiers:
         """Give the tiers with `count` more tokens, before anything is evicted.
 
         A batch of `migration_batch` positions, aligned to position 0, leaves the tail as soon as
-        `tail_length` newer tokens exist outside it. The rule looks at nothing but the number of
-        tokens, so it does not matter how they were cut into appends.
+        `tail_length` newer tokens exist outside it. If there is a warm tier, a page of 64 goes on
+        to the store as soon as `warm_length` newer tokens have left the tail. The rules look at
+        nothing but the number of tokens, so it does not matter how they were cut into appends.
         """
         tokens, boundary = self.tokens + count, self.boundary
-        batch = config.migration_batch
+        batch, warm = config.migration_batch, config.warm_length
         if has_store and tokens >= config.tail_length:
             boundary = max(boundary, (tokens - config.tail_length) // batch * batch)
-        return Tiers(tokens, boundary, self.first)
+        cold = max(self.cold, (boundary - warm) // PAGE * PAGE) if warm else boundary
+        return Tiers(tokens, boundary, cold, self.first)
 
     def after_trim(self, newest: int) -> Tiers:
         """Give the tiers when `newest`, and all that came after it, are taken back."""
-        return Tiers(newest, min(self.boundary, newest), min(self.first, newest))
-
-
-# -- 5. Attention --------------------------------------------------------------------------------
-
-
-class Attention(NamedTuple):
-    """Everything that `attend` can return, in float64."""
-
-    out: NDArray[np.float64]  # (N, query heads, value_dim)
-    lse: NDArray[np.float64]  # (N, query heads)
-    mass: NDArray[np.float64]  # (query heads, tokens)
-
-
-def attention(
-    query: ArrayLike,
-    keys: Floats,
-    values: Floats,
-    positions: NDArray[np.int64],
-    query_positions: NDArray[np.int64],
-    *,
-    scale: float | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-) -> Attention:
-    """Softmax attention of N queries over T tokens, in float64.
-
-    Parameters
-    ----------
-    query : (N, query heads, head_dim)
-    keys, values : (T, kv heads, head_dim) and (T, kv heads, value_dim)
-        Query head h reads kv head h // (query heads / kv heads).
-    positions, query_positions : (T,) and (N,)
-    scale : float, optional
-        1 / sqrt(head_dim) by default.
-    sinks : (query heads,), optional
-        The logit of one more token whose value is zero.
-    mask : broadcastable to (N, query heads, T), optional
-        Booleans (True: may attend) or numbers (added to the logits).
-    """
-    q = np.asarray(query, np.float64)
-    heads, per_head = q.shape[1], q.shape[1] // keys.shape[1]
-    k = np.repeat(keys.astype(np.float64), per_head, axis=1)  # (T, query heads, head_dim)
-    v = np.repeat(values.astype(np.float64), per_head, axis=1)
-    products = (q.swapaxes(0, 1) @ k.transpose(1, 2, 0)).swapaxes(0, 1)  # (N, query heads, T)
-    logits = products * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap:
-        logits = softcap * np.tanh(logits / softcap)
-    distance = positions[None, :] - query_positions[:, None]  # (N, T), negative in the past
-    if alibi_slopes is not None:
-        logits = logits + np.asarray(alibi_slopes, np.float64)[:, None] * distance[:, None, :]
-    if causal:
-        logits = np.where(distance[:, None, :] <= 0, logits, -np.inf)
-    if window is not None:
-        logits = np.where(distance[:, None, :] > -window, logits, -np.inf)
-    if mask is not None:
-        given = np.asarray(mask)
-        logits = np.where(given, logits, -np.inf) if given.dtype == bool else logits + given
-    extra = np.full((heads, 1), -np.inf) if sinks is None else np.reshape(sinks, (heads, 1))
-    extra = np.broadcast_to(extra, (len(q), heads, 1)).astype(np.float64)
-    logits = np.concatenate([logits, extra], axis=-1)  # the virtual token comes last
-    top = logits.max(axis=-1, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0.0)  # a row that sees nothing
-    weights = np.exp(logits - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)[..., :-1]
-    with np.errstate(divide="ignore"):
-        lse = (np.log(total) + top)[..., 0]
-    out = (weights.swapaxes(0, 1) @ v.swapaxes(0, 1)).swapaxes(0, 1)
-    return Attention(out, lse, weights.sum(axis=0))
-
-
-def spread_mask(mask: ArrayLike, query_axes: int) -> NDArray[Any]:
-    """Bring a mask to three axes, (N, query heads, T), by the rule of `attend`.
-
-    One axis is (T,). Two axes are (query heads, T) for one query and (N, T) for several.
-    """
-    given = np.asarray(mask)
-    if given.ndim == 2 and query_axes == 3:
-        return given[:, None, :]
-    return given.reshape((1,) * (3 - given.ndim) + given.shape)
+        return Tiers(newest, *(min(x, newest) for x in (self.boundary, self.cold, self.first)))
 
 
 # -- 6. Caches -----------------------------------------------------------------------------------
@@ -141,12 +62,16 @@ class ReferenceStats:
     total_tokens: int
     sink_tokens: int
     store_tokens: int
+    warm_tokens: int
     tail_tokens: int
     next_position: int
 
 
 class ReferenceCache:
     """`kvz.TwoTierCache`: sinks and tail at `tail_precision`, older tokens in the store's formats.
+
+    Those that are stored are kept twice: as they read back, and in the space in which they are
+    stored, from which they go on to another format.
 
     Parameters
     ----------
@@ -159,7 +84,7 @@ class ReferenceCache:
     >>> cache = ReferenceCache(SimpleNamespace(
     ...     num_kv_heads=1, head_dim=2, value_dim=None, max_tokens=8, tail_length=2,
     ...     tail_precision="f16", store_precision=("q8", "q4"), migration_batch=1, sink_tokens=0,
-    ...     rotation="auto"))
+    ...     rotation="auto", warm_length=0, warm_precision="q8"))
     >>> cache.append(np.ones((5, 1, 2)), np.ones((5, 1, 2)))
     >>> cache.stats().store_tokens, cache.stats().tail_tokens
     (3, 2)
@@ -168,15 +93,26 @@ class ReferenceCache:
     has_store = True
 
     def __init__(self, config: Any) -> None:
+        self.head_dim = int(config.head_dim)
+        self.value_dim = int(getattr(config, "value_dim", None) or config.head_dim)
+        self._configure(config)
+        self.clear()
+
+    def _configure(self, config: Any) -> None:
+        """Take over the precisions and sizes of a configuration."""
         stored: Any = config.store_precision
         key, value = stored if isinstance(stored, (tuple, list)) else (stored, stored)
         self.config = config
-        self.head_dim = int(config.head_dim)
-        self.value_dim = int(getattr(config, "value_dim", None) or config.head_dim)
         self.tail_format = Format.of(config.tail_precision)
+        self.warm_format = Format.of(config.warm_precision, config.rotation)
         self.key_format = Format.of(key, config.rotation)
         self.value_format = Format.of(value, config.rotation)
-        self.clear()
+
+    def _formats(self, tier: str) -> tuple[Format, Format]:
+        """Give the formats of keys and values in a tier; sinks are like the tail."""
+        if tier == "store":
+            return self.key_format, self.value_format
+        return (self.warm_format if tier == "warm" else self.tail_format,) * 2
 
     def clear(self) -> None:
         """Forget everything; the next token has position 0."""
@@ -187,6 +123,8 @@ class ReferenceCache:
         self._offsets: dict[int, Floats] = {}  # of the keys of the store's pages, (H, D)
         self._keys = np.zeros((0, heads, self.head_dim), np.float32)  # as they read back now
         self._values = np.zeros((0, heads, self.value_dim), np.float32)
+        self._stored_keys = self.tail_format.spread(self._keys)  # the same as they are stored
+        self._stored_values = self.tail_format.spread(self._values)
 
     def append(self, keys: ArrayLike, values: ArrayLike) -> None:
         """Add tokens: keys (T, H, D) and values (T, H, Dv), or flat, or one token without T.
@@ -196,53 +134,120 @@ class ReferenceCache:
         ValueError
             If a shape or a number does not fit. The cache is then as it was.
         """
-        k = self._rows("keys", keys, self.head_dim, self.key_format)
-        v = self._rows("values", values, self.value_dim, self.value_format)
+        k = self._rows("keys", keys, self.head_dim, 0)
+        v = self._rows("values", values, self.value_dim, 1)
         if len(k) != len(v):
             raise ValueError(f"values: expected {len(k)} tokens as in keys, got {len(v)}")
-        before, sinks = self.tiers, self.config.sink_tokens
+        before = self.tiers
         self.tiers = before.after_append(len(k), self.config, has_store=self.has_store)
         new = np.arange(before.tokens, self.tiers.tokens)
-        positions = np.concatenate([self.positions, new])
-        k = np.concatenate([self._keys, round_to(self.tail_format.precision, k)])
-        v = np.concatenate([self._values, round_to(self.tail_format.precision, v)])
-        # Migration: what was in the tail, or is new, and now lies before the boundary. A store
-        # always encodes what the tail held, even of a token that never had to wait there.
-        moves = (positions >= max(before.boundary, sinks)) & (positions < self.tiers.boundary)
-        centred = self.key_format.centred and moves.any()
-        offset = self._offsets_of(positions, k, moves) if centred else None
-        k[moves] = self.key_format.stored(k[moves], offset)
-        v[moves] = self.value_format.stored(v[moves])
+        k, v = (round_to(self.tail_format.precision, x) for x in (k, v))
+        self.positions = np.concatenate([self.positions, new])
+        self._keys = np.concatenate([self._keys, k])
+        self._values = np.concatenate([self._values, v])
+        self._stored_keys = np.concatenate([self._stored_keys, self.tail_format.spread(k)])
+        self._stored_values = np.concatenate([self._stored_values, self.tail_format.spread(v)])
+        # Migration: what was in the tail, or is new, and now lies before the boundary. A tier
+        # always encodes what the one before it held, even of a token that never had to wait there.
+        left = "warm" if self.config.warm_length else "store"
+        self._move(before.boundary, self.tiers.boundary, "tail", left)
+        if left == "warm":
+            self._move(before.cold, self.tiers.cold, "warm", "store")
         # Eviction: the oldest go, exact to the token; sinks and pinned tokens never.
-        self.positions, self._keys, self._values = positions, k, v
-        excess = len(positions) - self.config.max_tokens
+        excess = len(self.positions) - self.config.max_tokens
         if excess > 0:
-            self._forget(positions[self._loose()][:excess])
+            self._forget(self.positions[self._loose()][:excess])
         self._drop_pages()
 
-    def _offsets_of(self, positions: NDArray[np.int64], keys: Floats, moves: Any) -> Floats:
-        """Give the offset of each key that migrates; a page that is new gets one.
+    def reconfigure(self, config: Any) -> None:
+        """Change precisions and lengths, as a policy does, also of what is held.
+
+        Every token goes where the rule puts it in a stream of this length; what eviction has passed
+        stays with the store. Where a token's format there is the one it had, it keeps its bits. A
+        page of keys that are all encoded anew gets the offset of all of them.
+
+        Raises
+        ------
+        ValueError
+            The pinned tokens would leave no room to evict any.
+        """
+        sinks, first = config.sink_tokens, self.tiers.first
+        pinned = sum(position >= sinks for position in self.pins)
+        if sinks + pinned + _recent(config, self.has_store) >= config.max_tokens:
+            raise ValueError("config: expected to leave room for tokens that may be evicted")
+        before, old = self._tier_names(), {n: self._formats(n) for n in ("tail", "warm", "store")}
+        rule = Tiers().after_append(self.tiers.tokens, config, has_store=self.has_store)
+        passed = first if first > sinks and self.has_store else 0
+        cold = max(rule.cold, passed)
+        self.tiers = Tiers(rule.tokens, max(rule.boundary, cold), cold, first)
+        self._configure(config)
+        if self.key_format != old["store"][0]:
+            self._offsets = {}
+        names = self._tier_names()
+        for name in ("_keys", "_values", "_stored_keys", "_stored_values"):
+            setattr(self, name, getattr(self, name).copy())
+        for target in old:
+            moves = [(old[source], (before == source) & (names == target)) for source in old]
+            self._encode(moves, target, PAGE)
+        self._drop_pages()
+
+    def _tier_names(self) -> NDArray[np.str_]:
+        """Say for every token held where it is; sinks count as tail."""
+        names = np.full(len(self.positions), "tail", dtype="<U5")
+        body = self.positions >= self.config.sink_tokens
+        names[body & (self.positions < self.tiers.boundary)] = "warm"
+        names[body & (self.positions < self.tiers.cold)] = "store"
+        return names
+
+    def _move(self, start: int, stop: int, source: str, target: str) -> None:
+        """Move the tokens at positions from `start` to `stop` - 1 from one tier to another."""
+        moves = (self.positions >= max(start, self.config.sink_tokens)) & (self.positions < stop)
+        batch = self.config.migration_batch if source == "tail" else PAGE
+        self._encode([(self._formats(source), moves)], target, batch)
+
+    def _encode(self, moves: list[tuple[Any, Any]], target: str, batch: int) -> None:
+        """Store tokens again, those of each pair of formats (keys, values), in those of a tier."""
+        for side, name in enumerate(("keys", "values")):
+            read_back, stored = getattr(self, f"_{name}"), getattr(self, f"_stored_{name}")
+            new, dim = self._formats(target)[side], read_back.shape[-1]
+            changed = np.zeros(len(self.positions), bool)
+            for formats, which in moves:
+                if formats[side] != new:
+                    stored[which] = new.entered(stored[which], formats[side], dim)
+                    changed |= which
+            if not changed.any():
+                continue
+            centred = new.centred and name == "keys"
+            offset = self._offsets_of(changed, batch) if centred else None
+            stored[changed] = new.rounded(stored[changed], offset)
+            read_back[changed] = new.gathered(stored[changed], dim)
+
+    def _offsets_of(self, moves: NDArray[np.bool_], batch: int) -> Floats:
+        """Give the offset of each key that moves to the store; a page that is new gets one.
 
         It is that of the page's tokens in the first batch that reaches it: it does not matter how
         the stream was cut into appends, nor which of those tokens are evicted at once.
         """
-        moving = positions[moves]
-        batch = self.config.migration_batch
+        moving = self.positions[moves]
         for page in np.unique(moving // PAGE).tolist():
             if page not in self._offsets:
                 first = moving[moving // PAGE == page][0]
                 last = min((page + 1) * PAGE, (first // batch + 1) * batch)
-                rows = keys[(positions >= first) & (positions < last)]
-                offset = offset_of(self.key_format.spread(rows))
+                reached = moves & (self.positions >= first) & (self.positions < last)
+                offset = offset_of(self._stored_keys[reached])
                 self._offsets = {**self._offsets, page: offset}  # forks share what was there
         return np.array([self._offsets[page] for page in (moving // PAGE).tolist()])
 
     def _drop_pages(self) -> None:
         """Forget the offsets of pages of which no stored token is held."""
-        sinks, boundary = self.config.sink_tokens, self.tiers.boundary
-        stored = (self.positions >= sinks) & (self.positions < boundary)
+        stored = self._tier_names() == "store"
         pages = set((self.positions[stored] // PAGE).tolist())
         self._offsets = {page: offset for page, offset in self._offsets.items() if page in pages}
+
+    def _keep(self, held: NDArray[np.bool_]) -> None:
+        """Forget all tokens but these."""
+        for name in ("positions", "_keys", "_values", "_stored_keys", "_stored_values"):
+            setattr(self, name, getattr(self, name)[held])
 
     def _loose(self) -> NDArray[np.bool_]:
         """Tell which of the tokens held are neither sinks nor pinned."""
@@ -255,9 +260,7 @@ class ReferenceCache:
         held = ~np.isin(self.positions, gone)
         if gone.max() >= max(self.tiers.first, self.config.sink_tokens):
             self.tiers = self.tiers._replace(first=int(gone.max()) + 1)
-        self.positions, self._keys, self._values = (
-            x[held] for x in (self.positions, self._keys, self._values)
-        )
+        self._keep(held)
 
     def pin(self, start: int, stop: int) -> None:
         """Never evict the positions from `start` to `stop` - 1.
@@ -272,10 +275,10 @@ class ReferenceCache:
         past = wanted[wanted < self.tiers.tokens]
         pins = self.pins | set(wanted.tolist())
         pinned = sum(position >= config.sink_tokens for position in pins)
-        tail = config.tail_length + config.migration_batch - 1 if self.has_store else 0
         if not np.isin(past, self.positions).all():
             raise ValueError("pin: expected positions that are held or yet to come")
-        if pins != self.pins and config.sink_tokens + pinned + tail >= config.max_tokens:
+        recent = _recent(config, self.has_store)
+        if pins != self.pins and config.sink_tokens + pinned + recent >= config.max_tokens:
             raise ValueError("pin: expected to leave room for tokens that may be evicted")
         self.pins = frozenset(pins)
 
@@ -285,7 +288,7 @@ class ReferenceCache:
 
     def evictable(self) -> NDArray[np.int64]:
         """List the positions that `evict` takes: of the store, if there is one."""
-        packed = self.positions < self.tiers.boundary if self.has_store else True
+        packed = self.positions < self.tiers.cold if self.has_store else True
         return self.positions[self._loose() & packed]
 
     def evict(self, gone: ArrayLike) -> None:
@@ -297,7 +300,7 @@ class ReferenceCache:
             self._forget(positions)
             self._drop_pages()
 
-    def _rows(self, what: str, given: ArrayLike, dim: int, store: Format) -> Floats:
+    def _rows(self, what: str, given: ArrayLike, dim: int, side: int) -> Floats:
         """Check one side of an append and bring it to (T, H, dim) float32."""
         heads = int(self.config.num_kv_heads)
         with np.errstate(over="ignore"):
@@ -309,7 +312,10 @@ class ReferenceCache:
         rows = rows.reshape(len(rows), heads, dim)
         if not np.isfinite(rows).all():
             raise ValueError(f"{what}: expected finite numbers")
+        store = self._formats("store")[side]
         limit = min(self.tail_format.limit(dim), store.limit(dim))
+        if self.config.warm_length:
+            limit = min(limit, store.limit_after(self.warm_format, dim))
         if rows.size and np.abs(rows).max() > limit:
             raise ValueError(f"{what}: expected magnitudes up to {limit}, got a larger one")
         return rows
@@ -374,9 +380,7 @@ class ReferenceCache:
         """Forget the tokens from position `newest` on."""
         held = self.positions < newest
         self.tiers = self.tiers.after_trim(newest)
-        self.positions, self._keys, self._values = (
-            x[held] for x in (self.positions, self._keys, self._values)
-        )
+        self._keep(held)
         self._drop_pages()
 
     def fork(self, length: int | None = None) -> ReferenceCache:
@@ -409,11 +413,24 @@ class ReferenceCache:
     def stats(self) -> ReferenceStats:
         """Count the tokens of each tier."""
         sinks = self.positions < self.config.sink_tokens
-        stored = ~sinks & (self.positions < self.tiers.boundary)
-        tail = int((~sinks & ~stored).sum())
+        stored = ~sinks & (self.positions < self.tiers.cold)
+        warm = ~sinks & ~stored & (self.positions < self.tiers.boundary)
         return ReferenceStats(
-            len(self), int(sinks.sum()), int(stored.sum()), tail, self.tiers.tokens
+            total_tokens=len(self),
+            sink_tokens=int(sinks.sum()),
+            store_tokens=int(stored.sum()),
+            warm_tokens=int(warm.sum()),
+            tail_tokens=int((~sinks & ~stored & ~warm).sum()),
+            next_position=self.tiers.tokens,
         )
+
+
+def _recent(config: Any, has_store: bool) -> int:
+    """Count the most tokens that tail and warm tier have together."""
+    if not has_store:
+        return 0
+    warm = config.warm_length + PAGE - 1 if config.warm_length else 0
+    return int(config.tail_length + config.migration_batch - 1 + warm)
 
 
 class ReferencePooledCache(ReferenceCache):

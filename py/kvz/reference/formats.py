@@ -223,18 +223,21 @@ class Format(NamedTuple):
         return self.precision in BYTE_SCALED
 
     def spread(self, x: Floats) -> Floats:
-        """Give the vectors `x` (..., dim) as they are packed: padded and, maybe, rotated."""
+        """Bring vectors (..., dim) to the space in which they are stored: padded, rotated."""
         y = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
         return rotate(y) if self.rotated else y
 
-    def stored(self, x: Floats, offset: Floats | None = None) -> Floats:
-        """Give what comes back of the vectors `x` (..., dim) after they were stored.
+    def gathered(self, y: Floats, dim: int) -> Floats:
+        """Bring vectors back from the space in which they are stored."""
+        return np.ascontiguousarray((rotate(y) if self.rotated else y)[..., :dim])
 
-        `offset` broadcasts to what `spread` makes of `x`.
+    def rounded(self, y: Floats, offset: Floats | None = None) -> Floats:
+        """Give what comes back of vectors that are in that space already; it stays there.
+
+        `offset` broadcasts to `y`.
         """
         if not self.packed:
-            return round_to(self.precision, x)
-        y = self.spread(x)
+            return round_to(self.precision, y)
         if offset is not None:
             y = y - offset
         if self.precision in BYTE_SCALED:
@@ -242,11 +245,34 @@ class Format(NamedTuple):
             y = decode_k(*encode_k(y, bits), bits)
         else:
             y = decode(*(encode_q8(y) if self.precision == "q8" else encode_q4(y)))
-        if offset is not None:
-            y = y + offset
-        if self.rotated:
-            y = rotate(y)
-        return np.ascontiguousarray(y[..., : x.shape[-1]])
+        return y if offset is None else y + offset
+
+    def stored(self, x: Floats, offset: Floats | None = None) -> Floats:
+        """Give what comes back of the vectors `x` (..., dim) after they were stored.
+
+        `offset` broadcasts to what `spread` makes of `x`.
+        """
+        return self.gathered(self.rounded(self.spread(x), offset), x.shape[-1])
+
+    def entered(self, y: Floats, source: Format, dim: int) -> Floats:
+        """Bring vectors from the space in which they are stored as `source` to that of this format.
+
+        Where both are rotated nothing is rotated back, so that only formats round.
+        """
+        if self.rotated and source.rotated:
+            return y
+        return self.spread(source.gathered(y, dim))
+
+    def limit_after(self, source: Format, dim: int) -> float:
+        """Give the largest magnitude that can be stored after it was stored as `source`.
+
+        Rounding may have made it larger: by little within a space, and by up to half a step of
+        every value of its block where they are rotated in between.
+        """
+        block = hadamard_blocks(dim + -dim % GROUP)[0]
+        unrotates = source.rotated and not self.rotated
+        growth = 1 + block / 16 if unrotates else 1 + 1 / 128
+        return min(source.limit(dim), self.limit(dim) / growth)
 
     def limit(self, dim: int) -> float:
         """Give the largest magnitude that can be stored in a vector of `dim` values.
