@@ -150,11 +150,12 @@ def test_limits_through_another_format_stay_finite(dim: int) -> None:
     ways = [Format(p, r) for p in STORES for r in (False, True) if Format(p, r).packed or not r]
     rng = np.random.default_rng(5)
     signs = np.array([np.ones(dim), *rng.choice([-1.0, 1.0], (30, dim))], np.float32)
-    for warm in ways:
+    for warm in (way for way in ways if not way.centred):  # others are no warm formats
         for store in ways:
             x = signs * np.float32(store.limit_after(warm, dim))
             held = warm.rounded(warm.spread(x))
-            assert np.isfinite(store.moved(held, warm, dim)).all(), (warm, store)
+            got = store.rounded(store.entered(held, warm, dim))
+            assert np.isfinite(got).all(), (warm, store)
 
 
 def test_what_is_rotated_on_both_sides_is_not_rotated_back() -> None:

@@ -3,8 +3,8 @@
 //! stream of this length; if its format there is the one it had, it keeps its bits, else it is
 //! decoded and encoded anew. Tokens behind the window stay with the store.
 //!
-//! All pages are there before anything is given up. Rows of a tier that keeps its format and does
-//! not grow are shared, not copied. Called by abi_policy.zig; calls append.zig, recode.zig.
+//! All pages are there before anything is given up. Rows of a tier that keeps its format are shared,
+//! not copied, unless it grows at its front. Called by abi_policy.zig; calls tier.zig, recode.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const append_file = @import("append.zig");
@@ -22,7 +22,6 @@ const threads = @import("threads.zig");
 const Cache = cache_file.Cache;
 const Config = @import("config.zig").Config;
 const Half = format.Half;
-const Kept = @import("kept.zig").Kept;
 const Range = @import("kept.zig").Range;
 const Side = format.Side;
 const Tier = @import("tier.zig").Tier;
