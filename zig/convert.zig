@@ -3,8 +3,9 @@
 //! stream of this length; if its format there is the one it had, it keeps its bits, else it is
 //! decoded and encoded anew. Tokens behind the window stay with the store.
 //!
-//! All pages are there before anything is given up. Rows of a tier that keeps its format are shared,
-//! not copied, unless it grows at its front. Called by abi_policy.zig; calls tier.zig, recode.zig.
+//! All pages are there before anything is given up. Rows of a tier that keeps its format are
+//! shared, not copied, unless it grows at its front. Called by abi_policy.zig; calls tier.zig,
+//! recode.zig.
 const std = @import("std");
 const assert = std.debug.assert;
 const append_file = @import("append.zig");
