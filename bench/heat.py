@@ -82,7 +82,9 @@ class Heat:
         if not kind:
             return False
         name, job = self._entrants[number]
-        self._run[kind].append({"name": name, "job": job.to_dict(), "why": answer[kind]})
+        seconds = {"seconds": answer["seconds"]} if "seconds" in answer else {}
+        noted = {"name": name, "job": job.to_dict(), "why": answer[kind], **seconds}
+        self._run[kind].append(noted)
         text = f"{describe(name, job)}: {kind.replace('_', ' ')}: {answer[kind]}"
         self._say(text, keep=True)
         return True
@@ -135,13 +137,16 @@ class Heat:
 
 def build(number: int, name: str, job: Job, crew: Crew, run: Mapping[str, Any]) -> dict[str, Any]:
     """Build an entrant's caches; says `left_out` if its steps take, or would take, too long."""
-    earlier = [(Job(**one["job"]), one["median"]) for one in run["results"] if one["name"] == name]
+    seen = [(one, one["median"]) for one in run["results"]]
+    seen += [(one, one["seconds"]) for one in run["left_out"]]
+    earlier = [(Job(**one["job"]), seconds) for one, seconds in seen if one["name"] == name]
     expected = expected_seconds(job, earlier)
     if expected and too_slow(job, expected):
-        return {"left_out": f"a step would take {expected:.1f} s"}
+        return {"left_out": f"a step would take {expected:.1f} s", "seconds": expected}
     answer = crew[name, job.threads].build(number, job)
-    if "first" in answer and too_slow(job, answer["first"]):
-        return {"left_out": f"the first step took {answer['first']:.1f} s"}
+    if "step" in answer and too_slow(job, answer["step"]):
+        text = f"a step takes {answer['step']:.1f} s"
+        return {"left_out": text, "seconds": answer["step"]}
     return answer
 
 

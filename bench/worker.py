@@ -69,6 +69,13 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
+def step_seconds(one: Any) -> float:
+    one.prepare()
+    start = time.perf_counter()
+    one.run()
+    return float((time.perf_counter() - start) / one.caches)
+
+
 def settle() -> None:
     """Wait until the library's threads sleep: some spin for a while, into the next one's turn."""
     for _ in range(100):
@@ -103,14 +110,13 @@ class Worker:
         job, module = Job(**given), self._module
         rows, bits = data.load(job, self._folder), module.KVS[job.kv]
         one = module.Entry(job, rows)
-        one.prepare()
-        start = time.perf_counter()
-        one.run()
-        first = (time.perf_counter() - start) / one.caches
+        step = step_seconds(one)
         right = None if job.appends else data.right_answer(job, rows, self._folder)
         errors = check(job, one, rows, right, module.TOLERANCE[job.kv], bits)
+        if step > 0.5:  # the first may have to get things ready
+            step = min(step, step_seconds(one))
         self._built[number] = job, one
-        facts = {"caches": one.caches, "bytes": one.bytes, "first": first}
+        facts = {"caches": one.caches, "bytes": one.bytes, "step": step}
         return {**facts, "bits": one.bytes / job.bytes(1), **errors}
 
     def _time(self, job: Any, one: Any) -> dict[str, Any]:
