@@ -107,5 +107,5 @@ def test_fidelity_against_size(plot: Any) -> None:
     rows = [{"store": "q4", "bits_per_value": 4.5, "kl": 1e-3},
             {"store": "f32", "bits_per_value": 32, "kl": 0.0}]  # fmt: skip
     ax = plot.kl_against_bits(rows)
-    assert [text.get_text() for text in ax.texts] == [" q4", " f32"]
+    assert [text.get_text() for text in ax.texts] == ["q4", "f32, exact"]
     assert ax.get_yscale() == "log"

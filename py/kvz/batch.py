@@ -85,18 +85,21 @@ def attend_many(
     if type(queries) is not np.ndarray or queries.dtype is not F32 or not queries.flags.carray:
         whole = as_float32(queries, "queries") if hasattr(queries, "shape") else None
     scale = None if scale is None else as_number(scale, "scale")
-    windows = None
-    if isinstance(window, (Sequence, np.ndarray)):
-        windows = [
-            None if one is None else as_count(one, "window", 1)
-            for one in _one_per_cache(window, len(caches), "window")
-        ]
-        options = options._replace(window=None)
+    windows = _windows(window, len(caches))
+    options = options if windows is None else options._replace(window=None)
     one_answer = masks is None and not options.return_lse and not options.return_mass
     if whole is not None and one_answer and _alike(caches, whole):
         return _attend_alike(core, caches, whole, scale, options, windows)
     each = [options._replace(window=one) for one in windows or ()] or [options] * len(caches)
     return _attend_each(core, caches, queries if whole is None else whole, scale, each, masks)
+
+
+def _windows(given: Any, count: int) -> list[int | None] | None:
+    """Return the windows of all sequences, or None where they share one or have none."""
+    if not isinstance(given, (Sequence, np.ndarray)):
+        return None
+    each = _one_per_cache(given, count, "window")
+    return [None if one is None else as_count(one, "window", 1) for one in each]
 
 
 def _attend_each(
