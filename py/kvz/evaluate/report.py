@@ -45,7 +45,7 @@ def cells(row: Row) -> list[str]:
         f"{row.top1:.1%}",
         f"{row.perplexity:.3f}",
         number(row.copy_kl),
-        f"{row.copied:.1%}",
+        "-" if math.isnan(row.copied) else f"{row.copied:.1%}",
         number(row.needle_kl),
         "-" if math.isnan(row.found) else f"{row.found:.0%}",
     ]
