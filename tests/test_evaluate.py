@@ -22,6 +22,7 @@ from kvz.evaluate import report, run, tasks
 from kvz.evaluate.measure import summarize
 from kvz.evaluate.peers import PAGE, PEERS, Peer, signed
 from kvz.evaluate.streams import KvzStream, PeerStream, Setting, boundaries, configs
+from kvz.options import store
 
 BOUNDS = Path(__file__).parent / "data" / "fidelity_bounds.json"
 SHAPE = Shape(
@@ -180,7 +181,7 @@ def broken_q4(rows):
 
 def test_every_format_keeps_its_bounds_and_a_broken_one_does_not(model):
     bounds = json.loads(BOUNDS.read_text())
-    stores = tuple(map(cli.store, bounds))
+    stores = tuple(map(store, bounds))
     broken = Peer(name="broken", keys=broken_q4, values=broken_q4, key_bits=4.5, value_bits=4.5)
     settings = run.Settings(stores=stores, peers=False, quick=True)
     rows, _ = run.evaluate(settings, model, [broken])

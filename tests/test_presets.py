@@ -17,6 +17,7 @@ from kvz import (
     cli,
     presets,
 )
+from kvz.options import store
 from kvz.presets import Preset, as_preset, find, layer_configs
 
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 64}
@@ -85,7 +86,7 @@ def test_what_is_no_preset_is_refused() -> None:
     ],
 )
 def test_the_command_line_reads_stores(text: str, stores: tuple[object, ...]) -> None:
-    preset = as_preset(cli.store(text))
+    preset = as_preset(store(text))
     assert (preset.stores, preset.name) == (stores, text)
 
 
@@ -107,3 +108,9 @@ def test_a_plan_of_layers_in_turn_is_the_sum_of_its_layers(
     configs = presets.BALANCED.configs(5, **SHAPE)
     assert row["store"] == "balanced"
     assert row["bytes_per_token"] == sum(config.store_bytes_per_token for config in configs)
+
+
+def test_a_plan_of_one_store_compares_it_with_f16(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "qwen3-8b", "--tail", "0", "--store", "q8"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("q8"))
+    assert f"{16 / 8.5:.2f}x" in line

@@ -22,8 +22,8 @@ import kvz
 from kvz.arrays import Floats
 from kvz.demo.report import print_table, progress, store_name
 from kvz.errors import InvalidArgumentError
+from kvz.presets import Store, as_preset
 
-Store = str | tuple[str, str]
 STORES: tuple[Store, ...] = ("f16", "q8", ("q8", "q4"), "q4")
 PREFILL_TOKENS = 512  # new ones that attend at once; also how many an append takes
 REPEATS_MIN = 5
@@ -150,10 +150,10 @@ def measure(settings: Settings, store: Store, advance: Callable[[int], None]) ->
     random = np.random.default_rng(0)
     shape = (settings.tokens, settings.kv_heads, settings.head_dim)
     keys, values = (random.standard_normal(shape, dtype=np.float32) for _ in range(2))
-    caches = [cache_of(settings, store)]
+    caches = [cache_of(settings, store, 0)]
     caches[0].append(keys, values)
     while sum(cache.nbytes for cache in caches) < settings.cold_bytes:
-        caches.append(cache_of(settings, store))
+        caches.append(cache_of(settings, store, len(caches)))
         caches[-1].append(keys, values)
     advance(1)
     queries = random.standard_normal(
@@ -184,16 +184,20 @@ def measure(settings: Settings, store: Store, advance: Callable[[int], None]) ->
     )
 
 
-def cache_of(settings: Settings, store: Store) -> kvz.TwoTierCache:
-    """Make an empty cache, which stays as long as it is while appends are measured."""
-    return kvz.TwoTierCache(
+def cache_of(settings: Settings, store: Store, layer: int) -> kvz.TwoTierCache:
+    """Make an empty cache, which stays as long as it is while appends are measured.
+
+    Where layers take stores in turn, caches do.
+    """
+    config = as_preset(store).config(
+        layer,
+        sink_tokens=0,
         num_kv_heads=settings.kv_heads,
         head_dim=settings.head_dim,
         max_tokens=settings.tokens,
         tail_length=min(256, settings.tokens // 4),
-        store_precision=store,
-        core=settings.core,
     )
+    return kvz.TwoTierCache(config, core=settings.core)
 
 
 def token(keys: Floats, values: Floats, index: int) -> tuple[Floats, Floats]:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
+from kvz.options import count, positive, size, store
+
 CORES = ("native", "wasm")
 STORE_HELP = "q4, q8, f16, ..., q8/q4, a preset such as balanced (default: q4)"
 DEMO_PACKAGES = ("gguf", "tokenizers", "platformdirs")
@@ -228,18 +229,18 @@ def run_plan(options: argparse.Namespace) -> int:
         result = {"layers": list(map(asdict, layers)), **given, "rows": list(map(asdict, rows))}
         print(json.dumps(result, indent=2))
     else:
-        print_plan(options, layers, rows)
+        (plain,) = plan_rows(layers, **given, stores=("f16",))
+        print_plan(options, layers, rows, plain.cache_bytes)
     return 0
 
 
-def print_plan(options: argparse.Namespace, layers: Any, rows: Any) -> None:
-    """Print a table for people."""
+def print_plan(options: argparse.Namespace, layers: Any, rows: Any, plain: int) -> None:
+    """Print a table for people; f16 takes `plain` bytes."""
     from kvz.demo.report import print_table
     from kvz.stats import format_bytes
 
     head = ["\nstore", "bytes/\ntoken", f"{options.context:,}\ntokens", "vs\nf16", "tokens\nper GB"]
     head += ["fits\ntokens"] if options.memory is not None else []
-    plain = next(row.cache_bytes for row in rows if row.store == "f16")
     cells = []
     for row in rows:
         ratio = plain / row.cache_bytes
@@ -257,30 +258,6 @@ def print_plan(options: argparse.Namespace, layers: Any, rows: Any) -> None:
         "that are not full come on top."
     )
     print_table(head, cells, caption)
-
-
-def positive(text: str) -> int:
-    """Read a number of things, one or more."""
-    number = count(text)
-    if not number:
-        raise argparse.ArgumentTypeError("expected 1, 2, 3, ..., got '0'")
-    return number
-
-
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-
-
-def size(text: str) -> int:
-    """Read a number of bytes: 8GB, 1.5GiB, 4096."""
-    number = text.rstrip("BbIiKkMmGgTt ")
-    unit = text[len(number) :].strip().lower()
-    try:
-        return int(float(number) * UNITS["" if unit == "b" else unit])
-    except (ValueError, OverflowError, KeyError):
-        raise argparse.ArgumentTypeError(
-            f"expected a size like 8GB or 512MiB, got {text!r}"
-        ) from None
 
 
 # -- kvz inspect -----------------------------------------------------------------------------------
@@ -341,36 +318,6 @@ def run_completion(options: argparse.Namespace) -> int:
 
     print(script(options.shell, parser()), end="")
     return 0
-
-
-# -- Values of options -----------------------------------------------------------------------------
-
-
-def store(text: str) -> Any:
-    """Read the name of a store.
-
-    It is one precision, or those of keys and values, or several of these, which the layers take in
-    turn, or a preset.
-    """
-    from kvz import presets
-
-    if text in (names := [each.name for each in presets.ALL]):
-        return presets.find(text)
-    found = tuple(part.split("/") for part in text.split(","))
-    if any(len(pair) > 2 or not set(pair) <= set(PRECISIONS) for pair in found):
-        raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(PRECISIONS)}; two like q8/q4 for keys and values; several "
-            f"like q5k/q4k,q4k for layers in turn; or {', '.join(names)}; got {text!r}"
-        )
-    stores: Any = tuple(pair[0] if len(pair) == 1 else tuple(pair) for pair in found)
-    return stores[0] if len(stores) == 1 else presets.Preset(name=text, stores=stores)
-
-
-def count(text: str) -> int:
-    """Read a number of things, zero or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., got {text!r}")
-    return int(text)
 
 
 # -- kvz eval --------------------------------------------------------------------------------------
