@@ -100,6 +100,7 @@ def check_plot() -> None:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw the divergence over bits per value; the file's ending says the kind."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -124,7 +125,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         label_points(axes, shown, color)
     # A date would make every drawing of the same figures another file.
     about = {"Title": TITLE, **({"Date": None} if path.suffix == ".svg" else {})}
-    figure.savefig(path, dpi=150, metadata=about)
+    with rc_context({"svg.hashsalt": "kvz"}):  # names of parts, which else are random
+        figure.savefig(path, dpi=150, metadata=about)
 
 
 def label_points(axes: Any, rows: Sequence[Row], color: str) -> None:
