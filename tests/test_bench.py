@@ -15,6 +15,7 @@ CASES = {"decode", "linear", "prefill", "append", "stream", "overhead", "shapes"
 
 
 @pytest.mark.skipif(os.environ.get("KVZ_CORE") == "wasm", reason="it runs both cores itself")
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="takes half a minute: one Python is enough")
 def test_quick_benchmark(tmp_path):
     command = [sys.executable, str(BENCH / "run.py"), "--quick", "--out", str(tmp_path)]
     command += ["--peers", "numpy", "--threads", "1"]
