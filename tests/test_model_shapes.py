@@ -12,7 +12,8 @@ import pytest
 import kvz
 from kvz import cli
 from kvz.errors import InvalidArgumentError
-from kvz.model_shapes import MODELS, STORES, Layers, layers_of, layers_of_config, plan_rows
+from kvz.model_shapes import MODELS, Layers, layers_of, layers_of_config, plan_rows
+from kvz.presets import STORES
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
          "hidden_size": 512}  # fmt: skip

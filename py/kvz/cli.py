@@ -9,11 +9,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvz.options import count, positive, size, store
+from kvz.options import count, given_of, positive, size, store
 
 CORES = ("native", "wasm")
 STORE_HELP = "q4, q8, f16, ..., q8/q4, a preset such as balanced (default: q4)"
@@ -96,6 +96,15 @@ class Version(argparse.Action):
 # -- kvz demo --------------------------------------------------------------------------------------
 
 
+def add_model_options(option: Callable[..., Any]) -> None:
+    """Add what `demo` and `chat` say of the model and its caches."""
+    option("--tail", type=count, metavar="N", help="newest tokens kept in f16 (default: 128)")
+    option("--sinks", type=count, metavar="N", help="first tokens kept in f16 (default: 4)")
+    option("--core", choices=CORES, help="the core to run (default: KVZ_CORE, else native)")
+    option("--threads", type=count, metavar="N", help="threads of the core (default: all)")
+    option("--model", type=Path, metavar="GGUF", help="a GGUF file of SmolLM2")
+
+
 def add_demo(commands: Any) -> None:
     """Add the command ``demo``."""
     demo = commands.add_parser(
@@ -118,11 +127,7 @@ def add_demo(commands: Any) -> None:
         "values, a preset such as balanced (default: measure all and answer with q4)",
     )
     option("--tokens", type=count, metavar="N", help="the longest answer (default: 64)")
-    option("--tail", type=count, metavar="N", help="newest tokens kept in f16 (default: 128)")
-    option("--sinks", type=count, metavar="N", help="first tokens kept in f16 (default: 4)")
-    option("--core", choices=CORES, help="the core to run (default: KVZ_CORE, else native)")
-    option("--threads", type=count, metavar="N", help="threads of the core (default: all)")
-    option("--model", type=Path, metavar="GGUF", help="a GGUF file of SmolLM2")
+    add_model_options(option)
     option("--json", action="store_true", dest="as_json", help="print one JSON object instead")
     demo.set_defaults(run=run_demo)
 
@@ -131,9 +136,7 @@ def run_demo(options: argparse.Namespace) -> int:
     """Run the demo with the options that were given."""
     from kvz.demo.run import Settings, run
 
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    given.pop("run")
-    run(Settings(**given))
+    run(Settings(**given_of(options)))
     return 0
 
 
@@ -152,11 +155,7 @@ def add_chat(commands: Any) -> None:
     option = chat.add_argument
     option("--store", type=store, metavar="FORMAT", help=STORE_HELP)
     option("--tokens", type=count, metavar="N", help="the longest answer (default: 256)")
-    option("--tail", type=count, metavar="N", help="newest tokens kept in f16 (default: 128)")
-    option("--sinks", type=count, metavar="N", help="first tokens kept in f16 (default: 4)")
-    option("--core", choices=CORES, help="the core to run (default: KVZ_CORE, else native)")
-    option("--threads", type=count, metavar="N", help="threads of the core (default: all)")
-    option("--model", type=Path, metavar="GGUF", help="a GGUF file of SmolLM2")
+    add_model_options(option)
     option("--json", action="store_true", dest="as_json", help="print a JSON object for each turn")
     chat.set_defaults(run=run_chat)
 
@@ -165,9 +164,7 @@ def run_chat(options: argparse.Namespace) -> int:
     """Talk with the options that were given."""
     from kvz.demo.chat import Settings, run
 
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    given.pop("run")
-    run(Settings(**given))
+    run(Settings(**given_of(options)))
     return 0
 
 
@@ -371,8 +368,7 @@ def run_eval(options: argparse.Namespace) -> int:
     """Run the evaluation with the options that were given."""
     from kvz.evaluate.run import Settings, run
 
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    given.pop("run")
+    given = given_of(options)
     given["stores"] = tuple(given.get("stores", ()))
     run(Settings(**given))
     return 0
@@ -409,8 +405,7 @@ def run_bench(options: argparse.Namespace) -> int:
     """Measure with the options that were given."""
     from kvz.bench import Settings, run
 
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    given.pop("run")
+    given = given_of(options)
     if "stores" in given:
         given["stores"] = tuple(given["stores"])
     run(Settings(**given))

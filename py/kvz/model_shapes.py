@@ -19,21 +19,7 @@ from typing import Any
 
 from kvz.config import CacheConfig
 from kvz.errors import InvalidArgumentError
-from kvz.presets import Preset, Store, as_preset
-
-STORES: tuple[Store, ...] = (
-    "f32",
-    "f16",
-    "q8",
-    ("q8", "q4"),
-    "q6k",
-    "q5k",
-    ("q5k", "q4k"),
-    "q4",
-    "q4k",
-    "q3k",
-    "q2k",
-)
+from kvz.presets import STORES, Preset, Store, as_preset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,3 +55,10 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"expected a size like 8GB or 512MiB, got {text!r}"
         ) from None
+
+
+def given_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given, as the settings of a command take them."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    del given["run"]
+    return given

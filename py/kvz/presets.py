@@ -112,6 +112,21 @@ TINY = Preset(name="tiny", stores=(("q3k", "q2k"),))
 ALL = (LOSSLESS, PRECISE, BALANCED, SMALL, TINY)
 """From the most bits to the fewest."""
 
+#: Those that tables compare, from the most bits to the fewest.
+STORES: tuple[Store, ...] = (
+    "f32",
+    "f16",
+    "q8",
+    ("q8", "q4"),
+    "q6k",
+    "q5k",
+    ("q5k", "q4k"),
+    "q4",
+    "q4k",
+    "q3k",
+    "q2k",
+)
+
 
 def find(preset: Preset | str) -> Preset:
     """Return the preset that is given, or the one of that name.

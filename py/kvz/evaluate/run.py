@@ -25,19 +25,7 @@ from kvz.evaluate.tasks import CODES, depths_of, tasks
 from kvz.presets import Store
 
 EXACT = "exact"
-STORES: tuple[Store, ...] = (
-    "f16",
-    "q8",
-    ("q8", "q4"),
-    "q6k",
-    "q5k",
-    ("q5k", "q4k"),
-    "q4",
-    "q4k",
-    "q3k",
-    "q2k",
-    *presets.ALL,
-)
+STORES: tuple[Store, ...] = (*presets.STORES[1:], *presets.ALL)  # but f32, which is the exact one
 QUICK_TOKENS = 512
 
 CAPTION = """\
