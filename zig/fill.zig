@@ -5,8 +5,6 @@
 const std = @import("std");
 const abi = @import("abi.zig");
 const dispatch = @import("dispatch.zig");
-const encode = @import("encode.zig");
-const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const kernels = @import("kernels.zig");
 const recode = @import("recode.zig");
@@ -166,17 +164,8 @@ const Job = struct {
             });
         }
         job.read(side, half, run, .{ .rows = rows.ptr });
-        if (half.centred) {
-            job.choose_offsets(side, half, base, run, rows);
-            encode_k.subtract_offsets(rows.ptr, run.count, dim, half.offsets(base));
-        }
-        if (run.count == format.page_tokens) {
-            const table = job.table;
-            const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
-            encoder.?(&.{ .half = base, .rows = rows.ptr, .dim = dim, .ahead = ahead });
-        } else for (0..run.count) |i| {
-            encode.encode_token(half, side, base, run.slot + i, rows[i * dim ..][0..dim]);
-        }
+        if (half.centred) job.choose_offsets(side, half, base, run, rows);
+        recode.encode_and_fetch(half, side, base, run.slot, run.count, rows.ptr, ahead);
     }
 
     /// Packs the run's rows as the warm tier has them.
@@ -243,13 +232,12 @@ const Job = struct {
         rows: []f32,
     ) void {
         const source = job.source;
-        const dim = half.dim_stored();
-        const offsets = base + half.code_bytes() + half.scale_bytes();
         const page_start = run.position - run.slot;
         const fresh = page_start / format.page_tokens >= source.new_page;
         if (!fresh or run.position != @max(page_start, job.start)) return;
         if (kept_offsets(half, source, page_start / format.page_tokens, run.head)) |kept| {
-            return @memcpy(offsets[0..dim], kept[0..dim]);
+            const dim = half.dim_stored();
+            return @memcpy(@constCast(half.offsets(base))[0..dim], kept[0..dim]);
         }
         const first = @max(page_start, source.migrating_from);
         const batch_end = (first / source.batch + 1) * source.batch;
@@ -264,7 +252,7 @@ const Job = struct {
             };
             job.fetch(side, half, others, rows);
         }
-        encode_k.store_offsets(rows.ptr, count, dim, offsets);
+        recode.set_offsets(half, base, count, rows.ptr);
         if (first != run.position) job.fetch(side, half, run, rows);
     }
 

@@ -8,6 +8,7 @@ const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const rotate = @import("rotate.zig");
 const Half = format.Half;
+const Rows = @import("rows.zig").Rows;
 const Side = format.Side;
 
 /// The values of `count` tokens from `slot` on, as they are held, into (count, stored dim).
@@ -41,13 +42,26 @@ pub fn encode(
     count: usize,
     rows: [*]f32,
 ) void {
+    encode_and_fetch(half, side, base, slot, count, rows, .none);
+}
+
+/// The same, while what is read next is fetched.
+pub fn encode_and_fetch(
+    half: Half,
+    comptime side: Side,
+    base: [*]u8,
+    slot: usize,
+    count: usize,
+    rows: [*]f32,
+    ahead: Rows,
+) void {
     const dim = half.dim_stored();
     if (half.centred) encode_k.subtract_offsets(rows, count, dim, half.offsets(base));
     if (half.quantized() and count == format.page_tokens) {
         const table = dispatch.table();
         const f = @backingInt(half.format);
         const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
-        return encoder.?(&.{ .half = base, .rows = rows, .dim = dim, .ahead = .none });
+        return encoder.?(&.{ .half = base, .rows = rows, .dim = dim, .ahead = ahead });
     }
     for (0..count) |i| {
         encode_file.encode_token(half, side, base, slot + i, rows[i * dim ..][0..dim]);
