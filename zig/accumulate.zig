@@ -35,7 +35,7 @@ pub const AccumulateArgs = extern struct {
 
 pub fn accumulate(comptime T: type, comptime rows: usize, args: *const AccumulateArgs) void {
     if (T.quantized) return accumulate_integer(T, rows, args);
-    const flight = if (vec.wide_registers) 4 else comptime @max(1, vec.sums_max / rows);
+    const flight = comptime float_flight(rows);
     const chunks = args.dim / vec.lanes;
     const slots = args.end_slot - args.first_slot;
     var spread = args.ahead.over((chunks / flight + chunks % flight) * slots);
@@ -46,7 +46,13 @@ pub fn accumulate(comptime T: type, comptime rows: usize, args: *const Accumulat
     while (chunk < chunks) : (chunk += 1) accumulate_float(T, rows, 1, args, chunk, &spread);
 }
 
-fn accumulate_float(
+/// Chunks of the dimension whose sums the registers hold.
+pub fn float_flight(rows: usize) usize {
+    return if (vec.wide_registers) 4 else @max(1, vec.sums_max / rows);
+}
+
+/// Rows of floating-point values, `flight` chunks of 16 dimensions from `chunk` on.
+pub fn accumulate_float(
     comptime T: type,
     comptime rows: usize,
     comptime flight: usize,
@@ -67,8 +73,8 @@ fn accumulate_float(
         var values: [flight]F = undefined;
         inline for (0..flight) |i| values[i] = T.load(args.values + at + i * chunk_bytes);
         inline for (0..rows) |r| {
-            const w = vec.splat(args.weights[r][slot]);
-            inline for (0..flight) |i| sums[r][i] += values[i] * w;
+            const weights: [*]const f32 = &args.weights[r];
+            inline for (0..flight) |i| sums[r][i] += vec.times(values[i], weights, slot);
         }
     }
     inline for (0..rows) |r| inline for (0..flight) |i| {

@@ -1,13 +1,24 @@
 //! Software prefetch, spread evenly over a kernel's work. While one page is computed, the next one
 //! is on its way from memory; asked for in bursts it would wait in the processor's few line-fill
 //! buffers. It comes into the second-level cache: two pages do not fit the first.
-//! Used by score.zig and accumulate.zig; step.zig says what to fetch.
+//! Used by score.zig, accumulate.zig and tile.zig; step.zig says what to fetch.
 const builtin = @import("builtin");
+
+const line_bytes = 64;
 
 /// Cache lines that a kernel call should ask for.
 pub const Ahead = extern struct {
     at: [*]const u8,
     lines: usize,
+
+    pub const none: Ahead = .{ .at = undefined, .lines = 0 };
+
+    /// Share `first` of `of`, and as many after it.
+    pub fn part(ahead: *const Ahead, first: usize, count: usize, of: usize) Ahead {
+        const start = ahead.lines * first / of;
+        const end = ahead.lines * (first + count) / of;
+        return .{ .at = ahead.at + start * line_bytes, .lines = end - start };
+    }
 
     /// To be advanced `turns` times.
     pub inline fn over(ahead: *const Ahead, turns: usize) Spread {
@@ -26,7 +37,7 @@ pub const Spread = struct {
         spread.credit += spread.lines;
         while (spread.credit >= spread.turns) {
             @prefetch(spread.at, .{ .locality = 2, .cache = .data });
-            spread.at += 64;
+            spread.at += line_bytes;
             spread.credit -= spread.turns;
         }
     }

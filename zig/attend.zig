@@ -4,32 +4,32 @@
 //! on one thread or many. Called by abi.zig and attend_many.zig; calls the kernel table, state.zig,
 //! spill.zig and threads.zig.
 const std = @import("std");
+const block_file = @import("block.zig");
 const cache_file = @import("cache.zig");
 const dispatch = @import("dispatch.zig");
 const format = @import("format.zig");
 const kernels = @import("kernels.zig");
 const prepare = @import("prepare.zig");
 const request_file = @import("request.zig");
-const score = @import("score.zig");
 const scratch = @import("scratch.zig");
 const softmax = @import("softmax.zig");
 const spill = @import("spill.zig");
 const threads = @import("threads.zig");
+const tile = @import("tile.zig");
 const vec = @import("vec.zig");
+const Block = block_file.Block;
 const Cache = cache_file.Cache;
 const Error = request_file.Error;
 const Request = request_file.Request;
 const State = @import("state.zig").State;
-const step_file = @import("step.zig");
-const Step = step_file.Step;
-const Window = step_file.Window;
+const Window = @import("step.zig").Window;
 const Tier = @import("tier.zig").Tier;
 
 /// Positions of a chunk: small enough to share among threads, large enough that merging costs
 /// nothing.
 const chunk_tokens = 2048;
 /// Query rows that one task works on while a page is in the nearest cache.
-const task_rows = 64;
+const task_rows = block_file.rows_max;
 /// Below this many bytes of tokens, waking other threads costs more than it gains.
 const parallel_bytes_min = 1 << 20;
 
@@ -143,10 +143,9 @@ pub const Job = struct {
         return std.mem.alignForward(usize, query, vec.lanes) + states + job.unpacked_floats();
     }
 
-    /// Many rows are worth converting a window of floating-point values to f32 first: that costs
-    /// as much as two blocks of rows save.
+    /// Many rows are worth laying a window of floating-point values out for them first.
     fn unpacked_floats(job: *const Job) usize {
-        if (job.rows_max <= 2 * score.rows_max) return 0;
+        if (job.rows_max < tile.rows_min) return 0;
         return format.page_tokens * (job.key_dim() + job.value_dim());
     }
 
@@ -246,7 +245,7 @@ pub const Work = struct {
     tier_state: State,
     total: State,
     /// Room for a window of f32 keys and values; none where there are few rows.
-    unpacked: []f32,
+    unpacked: []align(64) f32,
     mass: ?[*]f32 = null,
 
     fn init(job: *Job, task: usize, lane: []align(64) f32) Work {
@@ -355,17 +354,23 @@ pub const Work = struct {
         };
     }
 
+    fn query_row(work: *const Work, r: usize) []const f32 {
+        const dim = work.job.cache.config.head_dim;
+        const heads = work.job.request.query_heads;
+        const row = work.query_of(r) * heads + work.query_head_of(r);
+        return work.job.request.query[row * dim ..][0..dim];
+    }
+
     fn prepare_rows(work: *Work, tier: *const Tier) void {
         const request = work.job.request;
-        const dim = work.job.cache.config.head_dim;
         const softcap = request.options.softcap;
         const plain = request.scale * softmax.log2_e;
         const factor = if (softcap == 0) plain else 2 * plain / softcap;
         for (0..work.rows) |r| {
-            const row = work.query_of(r) * request.query_heads + work.query_head_of(r);
+            if (r + rows_ahead < work.rows) fetch(work.query_row(r + rows_ahead));
             work.job.table.prepare[@backingInt(tier.key.format)](&.{
-                .source = request.query + row * dim,
-                .source_dim = dim,
+                .source = work.query_row(r).ptr,
+                .source_dim = work.job.cache.config.head_dim,
                 .factor = factor,
                 .rotated = tier.key.rotated,
                 .row = r,
@@ -407,24 +412,24 @@ pub const Work = struct {
     /// What a walk adds to: the running softmax, or the mass of tokens, given its totals.
     const Target = union(enum) { state: State, totals: []const f32 };
 
-    /// Window by window, blocks of rows against it.
+    /// Window by window, all rows against it.
     fn walk(work: *Work, unit: Unit, target: Target) void {
         const tier = work.job.cache.run(unit.run);
         const range = work.seen(unit);
         defer spill.leave(tier, range.start, range.end, work.head);
         const read_end = work.ahead_end(unit);
+        var block: Block = undefined;
         var position = range.start;
         while (position < range.end) {
             var window: Window = .init(tier, position, range.end, read_end, work.head);
             if (work.unpacked.len > 0) window.unpack(work.job.table, tier, work.unpacked);
             var row: usize = 0;
-            while (row < work.rows) : (row += score.rows_max) {
-                const count = @min(score.rows_max, work.rows - row);
-                var step: Step = .init(work, tier, unit, &window, row, count);
-                if (step.any_seen()) switch (target) {
-                    .state => |state| step.accumulate(state),
-                    .totals => |totals| step.add_mass(work.total.top[row..], totals[row..]),
-                };
+            while (row < work.rows) : (row += block_file.rows_max) {
+                block.start(work, tier, unit, &window, row);
+                switch (target) {
+                    .state => |state| block.accumulate(state),
+                    .totals => |totals| block.add_mass(work.total.top, totals),
+                }
             }
             position = window.end;
         }
@@ -447,9 +452,26 @@ pub const Work = struct {
             const inverse = if (sum > 0) 1 / sum else 0;
             const row = work.query_of(r) * request.query_heads + head;
             const outputs = work.total.outputs[r * work.total.dim ..][0..dim];
-            // Adding zero turns a negative zero into zero, whichever way it arose.
-            for (outputs, request.out[row * dim ..][0..dim]) |x, *out| out.* = x * inverse + 0;
+            normalize(outputs, inverse, request.out[row * dim ..][0..dim]);
             if (lse) |l| l[row] = work.total.log_sum_exp(r);
         }
     }
 };
+
+/// Rows of one kv head lie far apart, where the processor does not look ahead by itself.
+const rows_ahead = 4;
+
+fn fetch(row: []const f32) void {
+    var i: usize = 0;
+    while (i < row.len) : (i += 16) @prefetch(row.ptr + i, .{});
+}
+
+fn normalize(outputs: []const f32, inverse: f32, out: []f32) void {
+    // Adding zero turns a negative zero into zero, whichever way it arose.
+    var i: usize = 0;
+    while (i + vec.lanes <= out.len) : (i += vec.lanes) {
+        const x = vec.load(vec.F, outputs.ptr + i) * vec.splat(inverse);
+        vec.store(out.ptr + i, x + vec.splat(0));
+    }
+    for (outputs[i..], out[i..]) |x, *target| target.* = x * inverse + 0;
+}

@@ -1,7 +1,7 @@
 //! The kernel table: everything that is compiled once per instruction set, as function pointers.
 //! Its functions are generic over the formats in `format.all` and over the number of query rows.
-//! Filled by isa.zig, picked by dispatch.zig, called by attend.zig, step.zig, input.zig and
-//! fill.zig.
+//! Filled by isa.zig, picked by dispatch.zig, called by attend.zig, block.zig, step.zig, input.zig
+//! and fill.zig.
 const format = @import("format.zig");
 const prepare = @import("prepare.zig");
 const score = @import("score.zig");
@@ -10,12 +10,14 @@ const accumulate = @import("accumulate.zig");
 const encode = @import("encode.zig");
 const rotate = @import("rotate.zig");
 const rows_file = @import("rows.zig");
+const tile = @import("tile.zig");
 
 /// Sizes of row blocks that have kernels of their own.
 pub const row_counts = [_]usize{ 1, 2, 3, 4 };
 
 pub const ScoreFn = *const fn (*const score.ScoreArgs) callconv(.c) void;
 pub const AccumulateFn = *const fn (*const accumulate.AccumulateArgs) callconv(.c) void;
+pub const KeysFn = *const fn (*const tile.KeysArgs) callconv(.c) void;
 pub const PageFn = *const fn (*const encode.PageArgs) callconv(.c) void;
 pub const StoreFn = *const fn (*const rows_file.StoreArgs) callconv(.c) void;
 
@@ -26,6 +28,10 @@ pub const Table = extern struct {
     update: *const fn (*const softmax.UpdateArgs) callconv(.c) void,
     add_mass: *const fn (*const softmax.MassArgs) callconv(.c) void,
     accumulate: [format.count][row_counts.len]AccumulateFn,
+    /// For many rows; floating-point formats only.
+    lay_out_keys: [format.count]?KeysFn,
+    score_rows: *const fn (*const tile.ScoreArgs) callconv(.c) void,
+    accumulate_rows: *const fn (*const tile.ValuesArgs) callconv(.c) void,
     /// Quantized formats only.
     encode_keys: [format.count]?PageFn,
     encode_values: [format.count]?PageFn,
@@ -43,6 +49,8 @@ fn fill() Table {
     t.adjust = &adapt(softmax.AdjustArgs, softmax.adjust).call;
     t.update = &adapt(softmax.UpdateArgs, softmax.update).call;
     t.add_mass = &adapt(softmax.MassArgs, softmax.add_mass).call;
+    t.score_rows = &adapt(tile.ScoreArgs, tile.score_rows).call;
+    t.accumulate_rows = &adapt(tile.ValuesArgs, tile.accumulate_rows).call;
     t.rotate = &rotate_row;
     t.check = &check_rows;
     t.read = &adapt(rows_file.ReadArgs, rows_file.read).call;
@@ -66,6 +74,11 @@ fn fill() Table {
         }
         t.encode_keys[f] = if (T.quantized) &page_encoder(T, .key).call else null;
         t.encode_values[f] = if (T.quantized) &page_encoder(T, .value).call else null;
+        t.lay_out_keys[f] = if (T.quantized) null else &struct {
+            fn call(args: *const tile.KeysArgs) callconv(.c) void {
+                tile.lay_out_keys(T, args);
+            }
+        }.call;
         t.store[f] = if (T.quantized) null else &struct {
             fn call(args: *const rows_file.StoreArgs) callconv(.c) void {
                 rows_file.store(T, args);

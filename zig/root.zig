@@ -28,6 +28,7 @@ test {
     _ = @import("append.zig");
     _ = @import("attend.zig");
     _ = @import("attend_many.zig");
+    _ = @import("block.zig");
     _ = @import("cache.zig");
     _ = @import("config.zig");
     _ = @import("cpu.zig");
@@ -75,5 +76,6 @@ test {
     _ = @import("threads.zig");
     _ = @import("tier.zig");
     _ = @import("tier_test.zig");
+    _ = @import("tile.zig");
     _ = @import("vec.zig");
 }

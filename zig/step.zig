@@ -1,5 +1,5 @@
-//! One step of attention: a block of up to four query rows against up to 64 slots of a page,
-//! kernel by kernel. Called by attend.zig; calls the kernel table.
+//! One step of attention: up to four query rows against up to 64 slots of a page. Called by
+//! block.zig, kernel by kernel; calls the kernel table.
 const accumulate_file = @import("accumulate.zig");
 const attend = @import("attend.zig");
 const Ahead = @import("ahead.zig").Ahead;
@@ -27,9 +27,10 @@ const accumulate_cost = [format.count]usize{ 1000, 1000, 1000, 500, 490, 500, 52
 pub const Window = struct {
     keys: [*]const u8,
     values: [*]const u8,
-    /// How the kernels find them: as the tier holds them, or unpacked.
-    key_format: format.Format,
-    value_format: format.Format,
+    /// For kernels that take many rows of floating-point numbers: keys laid out for them, values
+    /// as f32.
+    keys_for_many: ?[*]align(64) const f32,
+    values_for_many: ?[*]const u8,
     /// What the kernels should fetch meanwhile: all of the window that comes next.
     ahead_of_score: Ahead,
     ahead_of_accumulate: Ahead,
@@ -53,8 +54,8 @@ pub const Window = struct {
         var window: Window = .{
             .keys = at.keys,
             .values = at.values,
-            .key_format = tier.key.format,
-            .value_format = tier.value.format,
+            .keys_for_many = null,
+            .values_for_many = null,
             .ahead_of_score = .{ .at = at.keys, .lines = 0 },
             .ahead_of_accumulate = .{ .at = at.values, .lines = 0 },
             .base = at.base,
@@ -66,26 +67,40 @@ pub const Window = struct {
         return window;
     }
 
-    /// Converts narrow floating-point values to f32, which changes no bit of what is computed.
-    /// `memory` holds 64 rows of keys, then 64 of values, as stored.
-    pub fn unpack(window: *Window, table: *const Table, tier: *const Tier, memory: []f32) void {
-        const count: usize = @intCast(window.end - window.base);
-        if (narrow(window.key_format)) {
-            window.keys = unpack_half(table, tier.key, window.keys, count, memory.ptr);
-            window.key_format = .f32;
+    /// Makes floating-point keys and values what kernels for many rows read, which changes no bit
+    /// of what is computed. `memory` has room for 64 rows of keys, then 64 of values, as stored.
+    pub fn unpack(
+        window: *Window,
+        table: *const Table,
+        tier: *const Tier,
+        memory: []align(64) f32,
+    ) void {
+        const slots: usize = @intCast(window.end - window.base);
+        const key_dim = tier.key.dim_stored();
+        if (table.lay_out_keys[@backingInt(tier.key.format)]) |lay_out_keys| {
+            lay_out_keys(&.{
+                .keys = window.keys,
+                .dim = key_dim,
+                .blocks = (slots + format.block_slots - 1) / format.block_slots,
+                .ahead = window.ahead_of_score,
+                .target = memory.ptr,
+            });
+            window.keys_for_many = memory.ptr;
         }
-        if (narrow(window.value_format)) {
-            const target = memory[format.page_tokens * tier.key.dim_stored() ..];
-            window.values = unpack_half(table, tier.value, window.values, count, target.ptr);
-            window.value_format = .f32;
-        }
+        window.values_for_many = switch (tier.value.format) {
+            .f32 => window.values,
+            .f16, .bf16 => unpack_values(
+                table,
+                tier.value,
+                window.values,
+                slots,
+                memory[format.page_tokens * key_dim ..].ptr,
+            ),
+            else => null,
+        };
     }
 
-    fn narrow(f: format.Format) bool {
-        return f == .f16 or f == .bf16;
-    }
-
-    fn unpack_half(
+    fn unpack_values(
         table: *const Table,
         half: format.Half,
         from: [*]const u8,
@@ -144,7 +159,7 @@ fn rows_before(half: format.Half, first: usize) usize {
     return if (first == 0) 0 else first * half.row_bytes();
 }
 
-/// A block of up to four rows against one window.
+/// Up to four query rows against one window.
 pub const Step = struct {
     work: *Work,
     tier: *const Tier,
@@ -156,7 +171,13 @@ pub const Step = struct {
     end: [score.rows_max]u32,
     first_slot: usize,
     end_slot: usize,
-    scores: score.Scores align(64),
+    /// Scores, then logits, then weights.
+    scores: *align(64) score.Scores,
+    /// What the softmax says of the weights.
+    any_hidden: bool,
+    corrections: [score.rows_max]f32,
+    largest: [score.rows_max]f32,
+    minor: [score.rows_max]bool,
 
     pub fn init(
         work: *Work,
@@ -165,6 +186,7 @@ pub const Step = struct {
         window: *const Window,
         row: usize,
         count: usize,
+        scores: *align(64) score.Scores,
     ) Step {
         var step: Step = .{
             .work = work,
@@ -176,7 +198,11 @@ pub const Step = struct {
             .end = @splat(0),
             .first_slot = format.page_tokens,
             .end_slot = 0,
-            .scores = undefined,
+            .scores = scores,
+            .any_hidden = undefined,
+            .corrections = undefined,
+            .largest = undefined,
+            .minor = undefined,
         };
         for (0..count) |r| {
             const visible = work.visible(row + r);
@@ -195,10 +221,9 @@ pub const Step = struct {
         return step.end_slot > step.first_slot;
     }
 
-    /// Scores become logits; unseen slots are hidden.
-    fn compute_logits(step: *Step) void {
+    pub fn score_keys(step: *Step) void {
         const table = step.work.job.table;
-        table.score[@backingInt(step.window.key_format)][step.count - 1](&.{
+        table.score[@backingInt(step.tier.key.format)][step.count - 1](&.{
             .keys = step.window.keys,
             .centred = step.tier.key.centred,
             .ahead = step.ahead(step.window.ahead_of_score),
@@ -207,8 +232,12 @@ pub const Step = struct {
             .row = step.row,
             .first_slot = step.first_slot,
             .end_slot = step.end_slot,
-            .scores = &step.scores,
+            .scores = step.scores,
         });
+    }
+
+    /// Scores become logits; unseen slots are hidden.
+    pub fn make_logits(step: *Step) void {
         const options = &step.work.job.request.options;
         const plain = options.softcap == 0 and options.alibi_slopes == null and
             options.mask == null;
@@ -218,7 +247,7 @@ pub const Step = struct {
 
     /// One block of rows fetches for all.
     fn ahead(step: *const Step, lines: Ahead) Ahead {
-        return if (step.row == 0) lines else .{ .at = lines.at, .lines = 0 };
+        return if (step.row == 0) lines else .none;
     }
 
     fn all_seen(step: *const Step) bool {
@@ -234,7 +263,7 @@ pub const Step = struct {
         const options = &request.options;
         const slopes: ?[*]const f32 = @ptrCast(@alignCast(options.alibi_slopes));
         var args: softmax.AdjustArgs = .{
-            .scores = &step.scores,
+            .scores = step.scores,
             .rows = step.count,
             .first = step.first,
             .end = step.end,
@@ -274,58 +303,74 @@ pub const Step = struct {
         return index + @as(i64, @intCast(step.window.base)) - @as(i64, @intCast(step.tier.start));
     }
 
-    pub fn accumulate(step: *Step, state: State) void {
-        const table = step.work.job.table;
-        var corrections: [score.rows_max]f32 = undefined;
-        var largest: [score.rows_max]f32 = undefined;
-        var minor: [score.rows_max]bool = undefined;
-        var any_hidden = step.work.job.request.mask_kind != .none or !step.all_seen();
-        step.compute_logits();
-        table.update(&.{
-            .scores = &step.scores,
+    /// Logits become weights.
+    pub fn update(step: *Step, state: State) void {
+        step.any_hidden = step.work.job.request.mask_kind != .none or !step.all_seen();
+        step.work.job.table.update(&.{
+            .scores = step.scores,
             .rows = step.count,
             .running = .{
                 .top = state.top.ptr + step.row,
                 .sums = state.sums.ptr + step.row * vec.lanes,
             },
-            .any_hidden = &any_hidden,
-            .corrections = &corrections,
-            .largest = &largest,
-            .minor = &minor,
+            .any_hidden = &step.any_hidden,
+            .corrections = &step.corrections,
+            .largest = &step.largest,
+            .minor = &step.minor,
         });
-        var args: accumulate_file.AccumulateArgs = .{
-            .values = step.window.values,
-            .ahead = step.ahead(step.window.ahead_of_accumulate),
+    }
+
+    /// Of the rows from `first` on.
+    pub fn accumulate_args(
+        step: *const Step,
+        state: State,
+        first: usize,
+    ) accumulate_file.AccumulateArgs {
+        return .{
+            .values = step.window.values_for_many orelse step.window.values,
+            .ahead = if (first == 0)
+                step.ahead(step.window.ahead_of_accumulate)
+            else
+                .none,
             .dim = step.tier.value.dim_stored(),
             .first_slot = step.first_slot,
             .end_slot = step.end_slot,
-            .weights = &step.scores,
-            .any_hidden = any_hidden,
-            .largest = &largest,
-            .minor = &minor,
-            .corrections = &corrections,
-            .outputs = state.outputs.ptr + step.row * state.dim,
+            .weights = step.scores[first..].ptr,
+            .any_hidden = step.any_hidden,
+            .largest = step.largest[first..].ptr,
+            .minor = step.minor[first..].ptr,
+            .corrections = step.corrections[first..].ptr,
+            .outputs = state.outputs.ptr + (step.row + first) * state.dim,
             .output_stride = state.dim,
         };
-        const kernels = &table.accumulate[@backingInt(step.window.value_format)];
-        if (!step.tier.value.quantized() or !any_hidden) {
-            return kernels[step.count - 1](&args);
-        }
-        for (0..step.count) |r| {
-            args.weights = step.scores[r..].ptr;
-            args.largest = largest[r..].ptr;
-            args.minor = minor[r..].ptr;
-            args.corrections = corrections[r..].ptr;
-            args.outputs = state.outputs.ptr + (step.row + r) * state.dim;
-            kernels[0](&args);
-            args.ahead.lines = 0;
+    }
+
+    /// Values as they are stored. Where slots are hidden, quantized ones take rows together that
+    /// see the same.
+    pub fn accumulate(step: *const Step, state: State) void {
+        const kernels = &step.work.job.table.accumulate[@backingInt(step.tier.value.format)];
+        const together = !step.tier.value.quantized() or !step.any_hidden;
+        var first: usize = 0;
+        while (first < step.count) {
+            const rows = if (together) step.count else step.alike(first);
+            kernels[rows - 1](&step.accumulate_args(state, first));
+            first += rows;
         }
     }
 
+    /// Rows from `first` on that see the same slots.
+    fn alike(step: *const Step, first: usize) usize {
+        if (step.work.job.request.mask_kind != .none) return 1;
+        var rows: usize = 1;
+        while (first + rows < step.count and
+            step.first[first + rows] == step.first[first] and
+            step.end[first + rows] == step.end[first]) rows += 1;
+        return rows;
+    }
+
     pub fn add_mass(step: *Step, top: []const f32, totals: []const f32) void {
-        step.compute_logits();
         var args: softmax.MassArgs = .{
-            .scores = &step.scores,
+            .scores = step.scores,
             .rows = step.count,
             .top = top.ptr,
             .total = totals.ptr,

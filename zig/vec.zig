@@ -144,6 +144,19 @@ pub inline fn round_to_int(x: F) I {
     return @as(I, @bitCast(x + splat(round_magic))) -% @as(I, @splat(@bitCast(round_magic)));
 }
 
+/// x * numbers[index]. AVX-512 can broadcast a number on its way to the multiplier, but LLVM shares
+/// one instruction for that among products of the same number, which on Zen 4 takes the time of
+/// an addition.
+pub inline fn times(x: F, numbers: [*]const f32, index: usize) F {
+    if (has.avx512) return asm ("vmulps (%[numbers],%[index],4){1to16}, %[x], %[product]"
+        : [product] "=v" (-> F),
+        : [numbers] "r" (numbers),
+          [index] "r" (index),
+          [x] "v" (x),
+        : .{ .memory = true });
+    return x * splat(numbers[index]);
+}
+
 // ---- reductions, always by the same tree: (i, i+8), (i, i+4), (i, i+2), (i, i+1) ----
 
 pub const Reduction = enum { add, max, join };
@@ -220,7 +233,7 @@ inline fn transpose_reduce(
     return current[0];
 }
 
-fn bit_reversed(n: usize, index: usize) usize {
+pub fn bit_reversed(n: usize, index: usize) usize {
     var result: usize = 0;
     var bit: usize = 1;
     while (bit < n) : (bit *= 2) {
@@ -247,6 +260,67 @@ fn high_halves(comptime segment: usize) [lanes]i32 {
     const shift: i32 = segment / 2;
     for (&mask) |*lane| lane.* += if (lane.* >= 0) shift else -shift;
     return mask;
+}
+
+// ---- transposition ----
+
+/// Rows become columns: within quarters of the vectors first, then quarter by quarter.
+pub inline fn transpose(rows: *const [lanes]F) [lanes]F {
+    var squares: [4][4]F = undefined; // (row / 4, lane of a quarter)
+    inline for (&squares, 0..) |*square, j| {
+        const row = rows[4 * j ..][0..4];
+        const even = mix(.{ 0, 4, 1, 5 }, row[0], row[1]);
+        const odd = mix(.{ 0, 4, 1, 5 }, row[2], row[3]);
+        const even_high = mix(.{ 2, 6, 3, 7 }, row[0], row[1]);
+        const odd_high = mix(.{ 2, 6, 3, 7 }, row[2], row[3]);
+        square.* = .{
+            mix(.{ 0, 1, 4, 5 }, even, odd),
+            mix(.{ 2, 3, 6, 7 }, even, odd),
+            mix(.{ 0, 1, 4, 5 }, even_high, odd_high),
+            mix(.{ 2, 3, 6, 7 }, even_high, odd_high),
+        };
+    }
+    var columns: [lanes]F = undefined;
+    inline for (0..4) |m| inline for (0..2) |parity| {
+        const low = quarters(parity, squares[0][m], squares[1][m]);
+        const high = quarters(parity, squares[2][m], squares[3][m]);
+        columns[4 * parity + m] = quarters(0, low, high);
+        columns[4 * (parity + 2) + m] = quarters(1, low, high);
+    };
+    return columns;
+}
+
+/// In every quarter, four lanes of the eight that a and b have there.
+inline fn mix(comptime picked: [4]usize, a: F, b: F) F {
+    comptime var mask: [lanes]i32 = undefined;
+    inline for (&mask, 0..) |*lane, i| {
+        const within = picked[i % 4];
+        const from: i32 = comptime i / 4 * 4 + within % 4;
+        lane.* = if (within < 4) from else ~from;
+    }
+    return @shuffle(f32, a, b, mask);
+}
+
+/// The even or odd quarters of a, then those of b.
+inline fn quarters(comptime parity: usize, a: F, b: F) F {
+    comptime var mask: [lanes]i32 = undefined;
+    inline for (&mask, 0..) |*lane, i| {
+        const from: i32 = comptime (i / 4 % 2 * 2 + parity) * 4 + i % 4;
+        lane.* = if (i < lanes / 2) from else ~from;
+    }
+    return @shuffle(f32, a, b, mask);
+}
+
+test "transpose makes rows columns" {
+    @setEvalBranchQuota(10_000);
+    var rows: [lanes]F = undefined;
+    for (&rows, 0..) |*row, r| {
+        row.* = std.simd.iota(f32, lanes) + splat(@floatFromInt(r * lanes));
+    }
+    const columns: [lanes][lanes]f32 = @bitCast(transpose(&rows));
+    for (columns, 0..) |column, c| for (column, 0..) |x, r| {
+        try std.testing.expectEqual(@as(f32, @floatFromInt(r * lanes + c)), x);
+    };
 }
 
 test "soft f16 conversions equal the hardware's for every value" {
