@@ -354,11 +354,18 @@ pub const Work = struct {
         };
     }
 
+    fn request_row(work: *const Work, r: usize) usize {
+        return work.query_of(r) * work.job.request.query_heads + work.query_head_of(r);
+    }
+
     fn query_row(work: *const Work, r: usize) []const f32 {
         const dim = work.job.cache.config.head_dim;
-        const heads = work.job.request.query_heads;
-        const row = work.query_of(r) * heads + work.query_head_of(r);
-        return work.job.request.query[row * dim ..][0..dim];
+        return work.job.request.query[work.request_row(r) * dim ..][0..dim];
+    }
+
+    fn output_row(work: *const Work, r: usize) []f32 {
+        const dim = work.job.cache.config.value_dim;
+        return work.job.request.out[work.request_row(r) * dim ..][0..dim];
     }
 
     fn prepare_rows(work: *Work, tier: *const Tier) void {
@@ -438,7 +445,6 @@ pub const Work = struct {
     /// Adds the logit sinks, normalises, writes the outputs and log-sum-exps.
     fn finish(work: *Work) void {
         const request = work.job.request;
-        const dim = work.job.cache.config.value_dim;
         const sinks: ?[*]const f32 = @ptrCast(@alignCast(request.options.sinks));
         const lse: ?[*]f32 = @ptrCast(@alignCast(request.options.lse));
         for (0..work.rows) |r| {
@@ -450,10 +456,8 @@ pub const Work = struct {
             }
             const sum = work.total.total(r);
             const inverse = if (sum > 0) 1 / sum else 0;
-            const row = work.query_of(r) * request.query_heads + head;
-            const outputs = work.total.outputs[r * work.total.dim ..][0..dim];
-            normalize(outputs, inverse, request.out[row * dim ..][0..dim]);
-            if (lse) |l| l[row] = work.total.log_sum_exp(r);
+            normalize(work.total.outputs.ptr + r * work.total.dim, inverse, work.output_row(r));
+            if (lse) |l| l[work.request_row(r)] = work.total.log_sum_exp(r);
         }
     }
 };
@@ -466,12 +470,12 @@ fn fetch(row: []const f32) void {
     while (i < row.len) : (i += 16) @prefetch(row.ptr + i, .{});
 }
 
-fn normalize(outputs: []const f32, inverse: f32, out: []f32) void {
+fn normalize(outputs: [*]const f32, inverse: f32, out: []f32) void {
     // Adding zero turns a negative zero into zero, whichever way it arose.
     var i: usize = 0;
     while (i + vec.lanes <= out.len) : (i += vec.lanes) {
-        const x = vec.load(vec.F, outputs.ptr + i) * vec.splat(inverse);
+        const x = vec.load(vec.F, outputs + i) * vec.splat(inverse);
         vec.store(out.ptr + i, x + vec.splat(0));
     }
-    for (outputs[i..], out[i..]) |x, *target| target.* = x * inverse + 0;
+    while (i < out.len) : (i += 1) out[i] = outputs[i] * inverse + 0;
 }

@@ -41,10 +41,7 @@ pub const PrepareArgs = extern struct {
 pub fn prepare(comptime T: type, args: *const PrepareArgs) void {
     const q = args.query;
     const values = q.values[args.row * q.dim ..][0..q.dim];
-    for (
-        args.source[0..args.source_dim],
-        values[0..args.source_dim],
-    ) |x, *target| target.* = x * args.factor;
+    scale(args.source[0..args.source_dim], args.factor, values.ptr);
     @memset(values[args.source_dim..], 0);
     if (args.rotated) rotate.rotate(values);
     if (!T.quantized) return;
@@ -72,6 +69,14 @@ pub fn prepare(comptime T: type, args: *const PrepareArgs) void {
         }
         q.sums[args.row * q.groups() + g] = @reduce(.Add, sum);
     }
+}
+
+fn scale(source: []const f32, factor: f32, target: [*]f32) void {
+    var i: usize = 0;
+    while (i + vec.lanes <= source.len) : (i += vec.lanes) {
+        vec.store(target + i, vec.load(F, source.ptr + i) * vec.splat(factor));
+    }
+    while (i < source.len) : (i += 1) target[i] = source[i] * factor;
 }
 
 /// The low seven bits as a signed number, so that both planes stay within [-64, 64].
