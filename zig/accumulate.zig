@@ -117,7 +117,8 @@ fn Weights(comptime rows: usize, comptime planes: usize) type {
         /// (plane, row, quad of tokens): four int8 a word; word j holds the tokens j, j+16, j+32,
         /// j+48. The last plane is the low one.
         planes: [planes][rows][format.block_slots]i32 align(64),
-        /// (row): what the offset of the codes adds to a sum, and what one unit of it is worth
+        /// (row): what a sum begins with, because codes have an offset, and what one unit of it is
+        /// worth
         biases: [rows]i32,
         units: [rows]f32,
     };
@@ -130,10 +131,23 @@ fn Weights(comptime rows: usize, comptime planes: usize) type {
 /// is enough where no token of the page is a major one: dither keeps the sum of many small weights
 /// right, so what it adds stays well below what storing lost.
 fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const AccumulateArgs) void {
+    rescale(rows, args);
     const minor: @Vector(rows, bool) = args.minor[0..rows].*;
     if (T.bits <= 4 and @reduce(.And, minor)) {
         accumulate_planes(T, rows, 1, args);
     } else accumulate_planes(T, rows, 2, args);
+}
+
+/// Multiplies the outputs so far by the corrections, which are one wherever the page has no larger
+/// logit than those before it: for most pages there is nothing to do.
+inline fn rescale(comptime rows: usize, args: *const AccumulateArgs) void {
+    inline for (0..rows) |r| if (args.corrections[r] != 1) {
+        var column: usize = 0;
+        while (column < args.dim) : (column += vec.lanes) {
+            const at = args.outputs + r * args.output_stride + column;
+            vec.store(at, vec.load(F, at) * vec.splat(args.corrections[r]));
+        }
+    };
 }
 
 fn accumulate_planes(
@@ -146,14 +160,18 @@ fn accumulate_planes(
     const groups = args.dim / format.group;
     const scales = args.values + groups * T.group_bytes;
     const parts = parts_of_group(rows, planes);
-    var spread = args.ahead.over(groups * T.loads_per_group(.value) * parts);
+    var spread = args.ahead.over(groups * (T.loads_per_group(.value) * parts + 1 + rows));
+    const Rows = @Vector(rows, f32);
+    const largest_weights: Rows = args.largest[0..rows].*;
+    const inverses: [rows]f32 = @as(Rows, @splat(weight_one)) /
+        vec.max(largest_weights, @as(Rows, @splat(tiny)));
     var slots: [rows]Slots = undefined;
     inline for (0..rows) |r| {
         var blocks: [format.blocks_per_page]F = undefined;
         inline for (&blocks, 0..) |*block, b| {
             block.* = vec.load(F, @as([*]const f32, &args.weights[r]) + b * vec.lanes);
         }
-        slots[r] = to_slots(&blocks, weight_one / @max(args.largest[r], tiny));
+        slots[r] = to_slots(&blocks, inverses[r]);
     }
     // Weights of several groups before their dot products: their chains of operations overlap.
     var weights: [groups_at_once]Weights(rows, planes) = undefined;
@@ -164,22 +182,21 @@ fn accumulate_planes(
         const factors: [groups_at_once]f32 =
             @as(Few, @splat(scale_one(T))) / @max(largest, @as(Few, @splat(tiny)));
         const units: [groups_at_once]f32 = largest * @as(Few, @splat(unit_one(T)));
-        var products: [groups_at_once][rows]Slots = undefined;
-        for (products[0..count], first.., factors[0..count]) |*of_group, g, factor| {
-            const scale = to_slots(&load_scales(T, scales, g), factor);
-            inline for (of_group, &slots) |*product, *row_slots| {
-                inline for (product, row_slots, scale) |*x, w, s| x.* = dot.multiply_q15(w, s);
-            }
+        var of_scales: [groups_at_once]Slots = undefined;
+        for (of_scales[0..count], first.., factors[0..count]) |*scale, g, factor| {
+            spread.turn();
+            scale.* = to_slots(&load_scales(T, scales, g), factor);
         }
-        var shifts: [rows]u4 = undefined;
-        if (T.bits <= 4) shifts = spare_bits(rows, products[0..count]);
-        for (weights[0..count], products[0..count], units[0..count]) |*w, *product, unit| {
-            split_products(T, rows, planes, product, args.minor, &shifts, w);
-            inline for (0..rows) |r| {
-                const alone = T.bits <= 4 and (planes == 1 or args.minor[r]);
-                const dropped: f32 = if (alone) @floatFromInt(@as(u32, 256) >> shifts[r]) else 1;
-                w.units[r] = args.largest[r] * unit * dropped;
-            }
+        var shifts: [rows]u4 = @splat(0);
+        if (T.bits <= 4) shifts = spare_bits(T, rows, &slots, of_scales[0..count]);
+        var dropped: [rows]f32 = @splat(1);
+        inline for (&dropped, shifts, 0..) |*x, shift, r| {
+            const alone = T.bits <= 4 and (planes == 1 or args.minor[r]);
+            if (alone) x.* = @floatFromInt(@as(u32, 256) >> shift);
+        }
+        for (weights[0..count], of_scales[0..count], units[0..count]) |*w, *scale, unit| {
+            split_products(T, rows, planes, &slots, scale, args.minor, &shifts, w, &spread);
+            w.units = largest_weights * @as(Rows, @splat(unit)) * @as(Rows, dropped);
         }
         for (weights[0..count], first..) |*w, g| {
             accumulate_group(T, rows, planes, args, g, w, &spread);
@@ -207,6 +224,13 @@ inline fn largest_scales(
     first: usize,
     count: usize,
 ) Few {
+    if (!args.any_hidden) {
+        var ranks: [groups_at_once]U = @splat(@splat(0));
+        inline for (&ranks, 0..) |*rank, i| if (i < count) {
+            rank.* = T.scale_ranks(scales, (first + i) * format.page_tokens);
+        };
+        return T.scale_of_rank(groups_at_once, vec.fold_each(.max, U, groups_at_once, &ranks));
+    }
     var maxima: [groups_at_once]F = @splat(vec.splat(0));
     inline for (&maxima, 0..) |*maximum, i| if (i < count) {
         var blocks = load_scales(T, scales, first + i);
@@ -233,29 +257,37 @@ inline fn to_slots(blocks: *const [format.blocks_per_page]F, factor: f32) Slots 
     return .{ dot.pair_halves(bits[0], bits[2]), dot.pair_halves(bits[1], bits[3]) };
 }
 
+inline fn multiply(a: *const Slots, b: *const Slots) Slots {
+    return .{ dot.multiply_q15(a[0], b[0]), dot.multiply_q15(a[1], b[1]) };
+}
+
 /// Packs the products of a group into planes, and sums them where codes have an offset.
 inline fn split_products(
     comptime T: type,
     comptime rows: usize,
     comptime planes: usize,
-    products: *const [rows]Slots,
+    slots: *const [rows]Slots,
+    scale: *const Slots,
     minor: [*]const bool, // (row)
     shifts: *const [rows]u4,
     weights: *Weights(rows, planes),
+    spread: *Spread,
 ) void {
     if (T.bits == 8) {
         const mask: dot.Halves = @splat(127);
-        inline for (products, 0..) |product, r| {
+        inline for (slots, 0..) |*row_slots, r| {
+            spread.turn();
             // Neither weights nor scales are negative, so both planes are in [0, 127].
-            const a, const b = product;
+            const a, const b = multiply(row_slots, scale);
             vec.store(&weights.planes[0][r], dot.low_bytes(a >> @splat(7), b >> @splat(7)));
             vec.store(&weights.planes[1][r], dot.low_bytes(a & mask, b & mask));
         }
         return;
     }
     var sums: [rows]I = undefined;
-    inline for (products, 0..) |product, r| {
-        const a, const b = product;
+    inline for (slots, 0..) |*row_slots, r| {
+        spread.turn();
+        const a, const b = multiply(row_slots, scale);
         const high = &weights.planes[0][r];
         const low = &weights.planes[planes - 1][r];
         if (T.bits <= 4 and (planes == 1 or minor[r])) {
@@ -272,17 +304,30 @@ inline fn split_products(
         }
     }
     const totals = vec.fold_each(.add, I, rows, &sums);
-    weights.biases = totals *% @as(@Vector(rows, i32), @splat(T.offset));
+    weights.biases = totals *% @as(@Vector(rows, i32), @splat(-T.offset));
 }
 
 /// By how many bits, up to 7, the products of each row fall short of 15: the largest weight and the
 /// largest scale are seldom those of one token.
-inline fn spare_bits(comptime rows: usize, products: []const [rows]Slots) [rows]u4 {
-    var used: [rows]U = @splat(@splat(0));
-    for (products) |*of_group| inline for (&used, of_group) |*bits, product| {
-        // x ^ (x >> 15) has as many bits as the magnitude of x, be x negative or not.
-        inline for (product) |x| bits.* |= @as(U, @bitCast(x ^ (x >> @splat(15))));
+inline fn spare_bits(
+    comptime T: type,
+    comptime rows: usize,
+    slots: *const [rows]Slots,
+    of_scales: []const Slots,
+) [rows]u4 {
+    var largest: [rows]dot.Halves = @splat(@splat(0));
+    var least: [rows]dot.Halves = @splat(@splat(0)); // no scale of half levels is negative
+    for (of_scales) |*scale| inline for (&largest, &least, slots) |*most, *low, *row_slots| {
+        inline for (multiply(row_slots, scale)) |x| {
+            most.* = @max(most.*, x);
+            if (!T.half_levels) low.* = @min(low.*, x);
+        }
     };
+    var used: [rows]U = undefined;
+    // ~x has as many bits as the magnitude of a negative x.
+    inline for (&used, largest, least) |*bits, most, low| {
+        bits.* = @bitCast(most | (low ^ (low >> @splat(15))));
+    }
     const joined: [rows]u32 = vec.fold_each(.join, U, rows, &used);
     var spare: [rows]u4 = undefined;
     inline for (&spare, joined) |*bits, both| {
@@ -359,8 +404,12 @@ inline fn accumulate_part(
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const loads = T.loads_per_group(.value);
-    var sums: [planes][part.rows][part.halves]dot.Accumulator =
-        @splat(@splat(@splat(.init(0))));
+    var sums: [planes][part.rows][part.halves]dot.Accumulator = undefined;
+    inline for (0..part.rows) |r| inline for (0..part.halves) |h| {
+        const start = if (T.offset != 0 and !T.half_levels) weights.biases[part.row + r] else 0;
+        sums[planes - 1][r][h] = .init(start);
+        if (planes == 2) sums[0][r][h] = .init(0);
+    };
     for (0..loads) |l| {
         const of_group = args.values + g * T.group_bytes;
         spread.turn();
@@ -380,11 +429,9 @@ inline fn accumulate_part(
         const r = part.row + i;
         var sum = sums[0][i][h].get();
         if (planes == 2) sum = (sum << @splat(low_bits(T))) +% sums[1][i][h].get();
-        if (T.half_levels) sum <<= @splat(1);
-        if (T.offset != 0) sum -%= @as(I, @splat(weights.biases[r]));
+        if (T.half_levels) sum = (sum << @splat(1)) +% @as(I, @splat(weights.biases[r]));
         const column = g * format.group + (part.half + h) * vec.lanes;
         const at = args.outputs + r * args.output_stride + column;
-        const before = vec.load(F, at) * vec.splat(args.corrections[r]);
-        vec.store(at, before + @as(F, @floatFromInt(sum)) * vec.splat(weights.units[r]));
+        vec.store(at, vec.load(F, at) + @as(F, @floatFromInt(sum)) * vec.splat(weights.units[r]));
     };
 }

@@ -73,9 +73,8 @@ pub inline fn sum_halves(halves: Halves) I {
 
 /// The sum of each lane's four signed bytes.
 pub inline fn sum_bytes(words: U) I {
-    const bytes: Codes = @bitCast(words);
-    var sum: Accumulator = .init(-4 * code_bias);
-    sum.dot(if (code_bias != 0) bytes ^ @as(Codes, @splat(0x80)) else bytes, 0x01010101);
+    var sum: Accumulator = .init(0);
+    sum.dot_signed(@bitCast(words), 0x01010101);
     return sum.get();
 }
 

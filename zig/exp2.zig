@@ -20,8 +20,9 @@ pub inline fn exp2(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f32) {
     var p: FN = @splat(coefficients[5]);
     inline for (0..5) |k| p = p * fraction + @as(FN, @splat(coefficients[4 - k]));
     const exponent = @as(IN, @bitCast(shifted)) << @splat(23);
-    const result: FN = @bitCast(@as(IN, @bitCast(p)) +% exponent);
-    return @select(f32, x < @as(FN, @splat(-80.0)), @as(FN, @splat(0)), result);
+    // Chosen among integers, which takes no instruction of its own where additions have masks.
+    const result = @as(IN, @bitCast(p)) +% exponent;
+    return @bitCast(@select(i32, x < @as(FN, @splat(-80.0)), @as(IN, @splat(0)), result));
 }
 
 test "exp2 is exact at 0, zero far below, and close elsewhere" {

@@ -123,6 +123,19 @@ fn Integer(comptime code_bits: comptime_int) type {
             return vec.from_f16(16, vec.load(@Vector(16, f16), scales + index * 2));
         }
 
+        /// The highest ranks, by magnitude, among 64 scales from `index` on.
+        pub inline fn scale_ranks(scales: [*]const u8, index: usize) vec.U {
+            const magnitude: dot.Halves = @splat(0x7fff);
+            const low = vec.load(dot.Halves, scales + index * 2) & magnitude;
+            const high = vec.load(dot.Halves, scales + index * 2 + 64) & magnitude;
+            const pairs: vec.U = @bitCast(@max(low, high));
+            return @max(pairs & @as(vec.U, @splat(0xffff)), pairs >> @splat(16));
+        }
+
+        pub inline fn scale_of_rank(comptime n: usize, ranks: @Vector(n, u32)) @Vector(n, f32) {
+            return vec.from_f16(n, @bitCast(@as(@Vector(n, u16), @truncate(ranks))));
+        }
+
         pub inline fn scale_at(scales: [*]const u8, index: usize) f32 {
             return vec.from_f16(1, .{vec.load(f16, scales + index * 2)})[0];
         }

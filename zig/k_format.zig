@@ -48,8 +48,25 @@ pub fn K(comptime code_bits: comptime_int) type {
         }
 
         inline fn scale_of(bytes: U) F {
-            const scale: F = @bitCast((bytes << @splat(20)) +% @as(U, @splat(scale_base)));
-            return @select(f32, bytes == @as(U, @splat(0)), vec.splat(0), scale);
+            return scale_of_rank(vec.lanes, bytes);
+        }
+
+        /// The highest ranks among 64 scales from `index` on: their bytes.
+        pub inline fn scale_ranks(scales: [*]const u8, index: usize) U {
+            const four = vec.load(U, scales + index);
+            const even: dot.Halves = @bitCast(four & every_half);
+            const odd: dot.Halves = @bitCast((four >> @splat(8)) & every_half);
+            const pairs: U = @bitCast(@max(even, odd));
+            return @max(pairs & @as(U, @splat(0xff)), pairs >> @splat(16));
+        }
+
+        const every_half: U = @splat(0x00ff00ff);
+
+        pub inline fn scale_of_rank(comptime n: usize, bytes: @Vector(n, u32)) @Vector(n, f32) {
+            const UN = @Vector(n, u32);
+            const FN = @Vector(n, f32);
+            const scale: FN = @bitCast((bytes << @splat(20)) +% @as(UN, @splat(scale_base)));
+            return @select(f32, bytes == @as(UN, @splat(0)), @as(FN, @splat(0)), scale);
         }
 
         // ---- words of codes ----

@@ -5,6 +5,7 @@ const vec = @import("vec.zig");
 const exp2 = @import("exp2.zig").exp2;
 const format = @import("format.zig");
 const score = @import("score.zig");
+const Ahead = @import("ahead.zig").Ahead;
 const F = vec.F;
 const I = vec.I;
 
@@ -88,6 +89,7 @@ pub const Running = extern struct {
 pub const UpdateArgs = extern struct {
     scores: *align(64) score.Scores, // in: logits; out: weights
     rows: usize,
+    ahead: Ahead,
     running: Running,
     /// in: whether some slot may be hidden; out: whether one is. Their weights are negative zeros.
     any_hidden: *bool,
@@ -130,12 +132,14 @@ fn update_rows(comptime rows: usize, args: *const UpdateArgs) void {
     const corrections: [rows]f32 = exp2(rows, before - top);
     const largest_weights: [rows]f32 = exp2(rows, largest - top);
     const tops: [rows]f32 = top;
+    var spread = args.ahead.over(rows * format.blocks_per_page);
     var sums: [rows]F = undefined;
     inline for (&sums, 0..) |*sum, r| {
         const scores: [*]f32 = &args.scores[r];
         const lanes = args.running.sums + r * vec.lanes;
         sum.* = vec.load(F, lanes) * vec.splat(corrections[r]);
         inline for (0..format.blocks_per_page) |b| {
+            spread.turn();
             const logit = vec.load(F, scores + b * 16);
             var weight = exp2(16, logit - vec.splat(tops[r]));
             sum.* += weight;

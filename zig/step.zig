@@ -20,8 +20,9 @@ const line_bytes = 64;
 const bytes_ahead_min = 16 << 10;
 /// Nanoseconds of a kernel on a page of four rows by 128 dimensions, in the order of `format.all`:
 /// how the lines to fetch are shared out. Only ratios matter, and only for speed.
-const score_cost = [format.count]usize{ 1100, 1100, 1100, 370, 215, 240, 260, 220, 260, 260 };
-const accumulate_cost = [format.count]usize{ 1000, 1000, 1000, 500, 490, 500, 520, 490, 520, 520 };
+const score_cost = [format.count]usize{ 830, 1020, 1020, 385, 210, 230, 265, 260, 360, 320 };
+const update_cost = 110;
+const accumulate_cost = [format.count]usize{ 735, 955, 955, 425, 310, 300, 330, 335, 545, 535 };
 
 /// Up to 64 slots of one page that kernels take at once.
 pub const Window = struct {
@@ -33,6 +34,7 @@ pub const Window = struct {
     values_for_many: ?[*]const u8,
     /// What the kernels should fetch meanwhile: all of the window that comes next.
     ahead_of_score: Ahead,
+    ahead_of_update: Ahead,
     ahead_of_accumulate: Ahead,
     /// Position of slot 0.
     base: u64,
@@ -57,6 +59,7 @@ pub const Window = struct {
             .keys_for_many = null,
             .values_for_many = null,
             .ahead_of_score = .{ .at = at.keys, .lines = 0 },
+            .ahead_of_update = .{ .at = at.values, .lines = 0 },
             .ahead_of_accumulate = .{ .at = at.values, .lines = 0 },
             .base = at.base,
             .end = window_end,
@@ -119,24 +122,27 @@ pub const Window = struct {
     }
 
     fn look_ahead(window: *Window, tier: *const Tier, next: Location) void {
-        if (tier.tokens_per_page > format.page_tokens) { // its halves are not one run
-            const lines = format.page_tokens / line_bytes;
-            window.ahead_of_score = .{ .at = next.keys, .lines = lines * tier.key.row_bytes() };
-            window.ahead_of_accumulate = .{
-                .at = next.values,
-                .lines = lines * tier.value.row_bytes(),
-            };
-            return;
-        }
-        const lines = tier.page_bytes() / line_bytes;
+        // Otherwise the window's keys and values are not one run.
+        const whole = tier.tokens_per_page <= format.page_tokens;
+        const key_lines = window_lines(tier.key, whole);
+        const lines = key_lines + window_lines(tier.value, whole);
         const key_cost = score_cost[@backingInt(tier.key.format)];
         const value_cost = accumulate_cost[@backingInt(tier.value.format)];
-        const first = lines * key_cost / (key_cost + value_cost);
+        const cost = key_cost + update_cost + value_cost;
+        const first = if (whole) lines * key_cost / cost else key_lines;
+        const second = @min(lines * update_cost / cost, lines - first);
+        const rest = if (whole) next.keys + first * line_bytes else next.values;
         window.ahead_of_score = .{ .at = next.keys, .lines = first };
+        window.ahead_of_update = .{ .at = rest, .lines = second };
         window.ahead_of_accumulate = .{
-            .at = next.keys + first * line_bytes,
-            .lines = lines - first,
+            .at = rest + second * line_bytes,
+            .lines = lines - first - second,
         };
+    }
+
+    fn window_lines(half: format.Half, whole: bool) usize {
+        const bytes = if (whole) half.bytes() else format.page_tokens * half.row_bytes();
+        return bytes / line_bytes;
     }
 
     const Location = struct { keys: [*]const u8, values: [*]const u8, base: u64 };
@@ -309,6 +315,7 @@ pub const Step = struct {
         step.work.job.table.update(&.{
             .scores = step.scores,
             .rows = step.count,
+            .ahead = step.ahead(step.window.ahead_of_update),
             .running = .{
                 .top = state.top.ptr + step.row,
                 .sums = state.sums.ptr + step.row * vec.lanes,
