@@ -27,7 +27,7 @@ pub const PageArgs = extern struct {
 pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs) void {
     if (T.half_levels) return encode_k.encode_page(T, side, args);
     const groups = args.dim / format.group;
-    const scales: [*]f16 = @ptrCast(@alignCast(args.half + groups * T.group_bytes));
+    const scales: [*]u16 = @ptrCast(@alignCast(args.half + groups * T.group_bytes));
     var ahead = args.ahead.over(groups * format.block_slots);
     for (0..groups) |g| {
         var inverses: [format.page_tokens]f32 = undefined;
@@ -51,7 +51,7 @@ fn encode_scales(
     args: *const PageArgs,
     g: usize,
     block: usize,
-    scales: [*]f16,
+    scales: [*]u16,
 ) F {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     var ranks: [vec.lanes]U = undefined;
@@ -156,7 +156,7 @@ pub fn encode_token(
                 return;
             }
             if (T.half_levels) return encode_k.encode_token(T, side, base, slot, row);
-            const scales: [*]f16 = @ptrCast(@alignCast(@constCast(half.scales(base))));
+            const scales: [*]u16 = @ptrCast(@alignCast(@constCast(half.scales(base))));
             for (0..row.len / format.group) |g| {
                 const a = vec.load(F, row.ptr + g * format.group);
                 const b = vec.load(F, row.ptr + g * format.group + vec.lanes);

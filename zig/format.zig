@@ -51,7 +51,7 @@ fn Float(comptime format_name: []const u8, comptime Stored: type) type {
         pub inline fn load(source: [*]const u8) vec.F {
             return switch (Element) {
                 f32 => vec.load(vec.F, source),
-                f16 => vec.from_f16(16, vec.load(@Vector(16, f16), source)),
+                f16 => vec.from_f16(16, vec.load(@Vector(16, u16), source)),
                 u16 => vec.from_bf16(16, vec.load(@Vector(16, u16), source)),
                 else => comptime unreachable,
             };
@@ -120,7 +120,7 @@ fn Integer(comptime code_bits: comptime_int) type {
 
         /// 16 scales from `index` on.
         pub inline fn load_scales(scales: [*]const u8, index: usize) vec.F {
-            return vec.from_f16(16, vec.load(@Vector(16, f16), scales + index * 2));
+            return vec.from_f16(16, vec.load(@Vector(16, u16), scales + index * 2));
         }
 
         /// The highest ranks, by magnitude, among 64 scales from `index` on.
@@ -137,7 +137,7 @@ fn Integer(comptime code_bits: comptime_int) type {
         }
 
         pub inline fn scale_at(scales: [*]const u8, index: usize) f32 {
-            return vec.from_f16(1, .{vec.load(f16, scales + index * 2)})[0];
+            return vec.from_f16(1, .{vec.load(u16, scales + index * 2)})[0];
         }
 
         /// Orders values by magnitude, as integers. Equal magnitudes of both signs: q4 takes the
@@ -149,8 +149,8 @@ fn Integer(comptime code_bits: comptime_int) type {
             return (magnitude | word >> @splat(31)) ^ @as(vec.U, @splat(1));
         }
 
-        /// The f16 scales of 16 groups whose highest ranks are given.
-        pub inline fn scale(highest: vec.U) @Vector(16, f16) {
+        /// The f16 scales of 16 groups whose highest ranks are given, as bits.
+        pub inline fn scale(highest: vec.U) @Vector(16, u16) {
             const sign = if (bits == 8)
                 @as(vec.U, @splat(0))
             else

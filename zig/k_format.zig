@@ -270,19 +270,18 @@ pub fn limit(comptime code_bits: comptime_int) f32 {
 
 /// The upper byte of the f16 of 16 offsets, rounded to nearest even, and back.
 pub inline fn to_offset(x: F) @Vector(16, u8) {
-    const bits: @Vector(16, u16) = @bitCast(vec.to_f16(16, x));
-    const wide: U = bits;
+    const wide: U = vec.to_f16(16, x);
     const odd = wide >> @splat(8) & @as(U, @splat(1));
     return @truncate((wide + @as(U, @splat(0x7f)) + odd) >> @splat(8));
 }
 
 pub inline fn from_offset(bytes: @Vector(16, u8)) F {
     const wide: @Vector(16, u16) = bytes;
-    return vec.from_f16(16, @bitCast(wide << @splat(8)));
+    return vec.from_f16(16, wide << @splat(8));
 }
 
 pub fn offset_at(offsets: [*]const u8, dim: usize) f32 {
-    return vec.from_f16(1, .{@as(f16, @bitCast(@as(u16, offsets[dim]) << 8))})[0];
+    return vec.from_f16(1, .{@as(u16, offsets[dim]) << 8})[0];
 }
 
 test "codes are kept by every plane, whole groups and one by one" {

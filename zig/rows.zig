@@ -88,8 +88,7 @@ pub fn of_half(half: Half, first: [*]const u8, count: usize, dim: usize) Rows {
 pub fn Element(comptime dtype: abi.Dtype) type {
     return switch (dtype) {
         .f32 => f32,
-        .f16 => f16,
-        .bf16 => u16,
+        .f16, .bf16 => u16, // their bits
         .f64 => f64,
     };
 }

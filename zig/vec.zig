@@ -47,38 +47,40 @@ pub fn splat(x: f32) F {
 
 // ---- f16 and bf16 ----
 
+// Both as their bits: where no vector holds f16, LLVM takes each element of one on its own.
+
 /// f16 to f32, exact. NaN payloads do not occur in pages.
-pub inline fn from_f16(comptime n: usize, half: @Vector(n, f16)) @Vector(n, f32) {
-    if (has.f16_conversion) return @floatCast(half);
+pub inline fn from_f16(comptime n: usize, half: @Vector(n, u16)) @Vector(n, f32) {
+    if (has.f16_conversion) return @floatCast(@as(@Vector(n, f16), @bitCast(half)));
     return from_f16_soft(n, half);
 }
 
-pub inline fn from_f16_soft(comptime n: usize, half: @Vector(n, f16)) @Vector(n, f32) {
+inline fn from_f16_soft(comptime n: usize, half: @Vector(n, u16)) @Vector(n, f32) {
     const UN = @Vector(n, u32);
     const FN = @Vector(n, f32);
-    const bits: UN = @as(@Vector(n, u16), @bitCast(half));
+    const bits: UN = half;
     const sign = (bits & @as(UN, @splat(0x8000))) << @splat(16);
     // Exponent and mantissa in their f32 place, still with the f16 bias of 15.
     const shifted = (bits & @as(UN, @splat(0x7fff))) << @splat(13);
-    const rebias: u32 = 112 << 23;
-    const normal = shifted + @as(UN, @splat(rebias));
-    // A subnormal f16: let the adder normalise it. Exact, and free of f32 subnormals.
+    const rebias: UN = @splat(112 << 23);
+    const normal: FN = @bitCast(shifted + rebias);
+    // A subnormal f16 has no leading one: the adder takes it off and normalises. Exact, and free of
+    // f32 subnormals. Of a normal one that would be the larger number.
     const one_up: UN = @splat(113 << 23);
-    const subnormal: FN = @as(FN, @bitCast(shifted | one_up)) - @as(FN, @bitCast(one_up));
-    const is_subnormal = shifted < @as(UN, @splat(1 << 23));
+    const subnormal = @as(FN, @bitCast(shifted + one_up)) - @as(FN, @bitCast(one_up));
+    const finite: UN = @bitCast(min(normal, subnormal));
     const is_infinite = shifted >= @as(UN, @splat(31 << 23));
-    var result = @select(u32, is_subnormal, @as(UN, @bitCast(subnormal)), normal);
-    result = @select(u32, is_infinite, shifted + @as(UN, @splat(2 * rebias)), result);
-    return @bitCast(result | sign);
+    const more = @select(u32, is_infinite, rebias, @as(UN, @splat(0)));
+    return @bitCast(finite + more | sign);
 }
 
 /// f32 to f16, round to nearest even; too large becomes infinite.
-pub inline fn to_f16(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f16) {
-    if (has.f16_conversion) return @floatCast(x);
+pub inline fn to_f16(comptime n: usize, x: @Vector(n, f32)) @Vector(n, u16) {
+    if (has.f16_conversion) return @bitCast(@as(@Vector(n, f16), @floatCast(x)));
     return to_f16_soft(n, x);
 }
 
-pub inline fn to_f16_soft(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f16) {
+inline fn to_f16_soft(comptime n: usize, x: @Vector(n, f32)) @Vector(n, u16) {
     const UN = @Vector(n, u32);
     const FN = @Vector(n, f32);
     const bits: UN = @bitCast(x);
@@ -100,8 +102,7 @@ pub inline fn to_f16_soft(comptime n: usize, x: @Vector(n, f32)) @Vector(n, f16)
         @as(UN, @splat(0x7c00)),
         result,
     );
-    const narrow: @Vector(n, u16) = @truncate(result | sign);
-    return @bitCast(narrow);
+    return @truncate(result | sign);
 }
 
 pub inline fn from_bf16(comptime n: usize, bits: @Vector(n, u16)) @Vector(n, f32) {
@@ -325,10 +326,11 @@ test "transpose makes rows columns" {
 
 test "soft f16 conversions equal the hardware's for every value" {
     for (0..1 << 16) |bits| {
-        const value: f16 = @bitCast(@as(u16, @intCast(bits)));
+        const half: u16 = @intCast(bits);
+        const value: f16 = @bitCast(half);
         if (std.math.isNan(value)) continue;
         const wide: f32 = value;
-        const soft = from_f16_soft(1, .{value});
+        const soft = from_f16_soft(1, .{half});
         try std.testing.expectEqual(@as(u32, @bitCast(wide)), @as(u32, @bitCast(soft[0])));
     }
     var prng = std.Random.DefaultPrng.init(1);
@@ -337,7 +339,7 @@ test "soft f16 conversions equal the hardware's for every value" {
         if (std.math.isNan(value)) continue;
         const narrow: f16 = @floatCast(value);
         const soft = to_f16_soft(1, .{value});
-        try std.testing.expectEqual(@as(u16, @bitCast(narrow)), @as(u16, @bitCast(soft[0])));
+        try std.testing.expectEqual(@as(u16, @bitCast(narrow)), soft[0]);
     }
 }
 
