@@ -291,8 +291,11 @@ inline fn split_products(
         const high = &weights.planes[0][r];
         const low = &weights.planes[planes - 1][r];
         if (T.bits <= 4 and (planes == 1 or minor[r])) {
-            const shift: @Vector(32, u4) = @splat(shifts[r]);
-            const words = dot.high_bytes((a << shift) +| dither[0], (b << shift) +| dither[1]);
+            const shift = shifts[r];
+            const words = dot.high_bytes(
+                dot.shift_left(a, shift) +| dither[0],
+                dot.shift_left(b, shift) +| dither[1],
+            );
             if (planes == 2) vec.store(high, @as(U, @splat(0)));
             vec.store(low, words);
             sums[r] = dot.sum_bytes(words);

@@ -35,6 +35,12 @@ pub inline fn low_bytes(a: Halves, b: Halves) U {
 
 const UHalves = @Vector(32, u16);
 
+pub inline fn shift_left(a: Halves, bits: u4) Halves {
+    // LLVM would shift element by element.
+    if (has.simd128) return a *% @as(Halves, @splat(@as(i16, 1) << bits));
+    return a << @splat(bits);
+}
+
 /// Products of fixed-point numbers of 15 bits, rounded: (a * b + 2^14) >> 15. Not both may be
 /// -2^15.
 pub inline fn multiply_q15(a: Halves, b: Halves) Halves {
