@@ -124,8 +124,10 @@ pub const Window = struct {
     fn look_ahead(window: *Window, tier: *const Tier, next: Location) void {
         // Otherwise the window's keys and values are not one run.
         const whole = tier.tokens_per_page <= format.page_tokens;
-        const key_lines = window_lines(tier.key, whole);
-        const lines = key_lines + window_lines(tier.value, whole);
+        const left = tier.tokens_per_page - next.base % tier.tokens_per_page;
+        const rows: usize = @intCast(@min(format.page_tokens, left));
+        const key_lines = window_lines(tier.key, whole, rows);
+        const lines = key_lines + window_lines(tier.value, whole, rows);
         const key_cost = score_cost[@backingInt(tier.key.format)];
         const value_cost = accumulate_cost[@backingInt(tier.value.format)];
         const cost = key_cost + update_cost + value_cost;
@@ -140,9 +142,8 @@ pub const Window = struct {
         };
     }
 
-    fn window_lines(half: format.Half, whole: bool) usize {
-        const bytes = if (whole) half.bytes() else format.page_tokens * half.row_bytes();
-        return bytes / line_bytes;
+    fn window_lines(half: format.Half, whole: bool, rows: usize) usize {
+        return (if (whole) half.bytes() else rows * half.row_bytes()) / line_bytes;
     }
 
     const Location = struct { keys: [*]const u8, values: [*]const u8, base: u64 };

@@ -211,10 +211,11 @@ test "many rows have the bits of few" {
     const dim = 96;
     const rows = 13;
     var prng = std.Random.DefaultPrng.init(6);
-    var keys: [format.page_tokens * dim]f16 = undefined;
+    var keys: [format.page_tokens * dim]u16 = undefined; // f16
+
     var values: [format.page_tokens * dim]f32 = undefined;
     var query: [rows * dim]f32 = undefined;
-    for (&keys) |*x| x.* = @floatCast(prng.random().floatNorm(f32));
+    for (&keys) |*x| x.* = @bitCast(@as(f16, @floatCast(prng.random().floatNorm(f32))));
     for (&values) |*x| x.* = prng.random().floatNorm(f32);
     for (&query) |*x| x.* = prng.random().floatNorm(f32);
     inline for (.{ 1, 3, 4 }) |blocks| {
@@ -239,7 +240,7 @@ test "many rows have the bits of few" {
         for (scores[0..rows], 0..) |of_row, r| for (of_row[0..slots], 0..) |sum, slot| {
             var lanes = vec.splat(0);
             for (0..dim / vec.lanes) |chunk| {
-                const key = vec.load(@Vector(16, f16), keys[slot * dim + chunk * vec.lanes ..].ptr);
+                const key = vec.load(@Vector(16, u16), keys[slot * dim + chunk * vec.lanes ..].ptr);
                 const x = vec.load(F, query[r * dim + chunk * vec.lanes ..].ptr);
                 lanes += vec.from_f16(vec.lanes, key) * x;
             }
