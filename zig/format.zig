@@ -133,7 +133,7 @@ fn Integer(comptime code_bits: comptime_int) type {
         }
 
         pub inline fn scale_of_rank(comptime n: usize, ranks: @Vector(n, u32)) @Vector(n, f32) {
-            return vec.from_f16(n, @bitCast(@as(@Vector(n, u16), @truncate(ranks))));
+            return vec.from_f16(n, @truncate(ranks));
         }
 
         pub inline fn scale_at(scales: [*]const u8, index: usize) f32 {

@@ -1,8 +1,10 @@
 //! Tests of tier.zig: bounds that move, rows that are shared, a pool that is full.
 const std = @import("std");
+const Ahead = @import("ahead.zig").Ahead;
 const Half = @import("format.zig").Half;
 const Pool = @import("pool.zig").Pool;
 const Tier = @import("tier.zig").Tier;
+const Window = @import("step.zig").Window;
 
 /// Moves the bounds at once, for tests.
 fn move(tier: *Tier, pool: *Pool, start: u64, end: u64) !void {
@@ -56,6 +58,30 @@ test "a tier slides, jumps, shrinks and empties without losing a page" {
     var change = try tier.reserve(gpa, pool, 7, 200, 9);
     tier.cancel(gpa, pool, &change);
     try std.testing.expect(tier.consistent());
+}
+
+test "what a window fetches ahead lies within one half of one page" {
+    const gpa = std.testing.allocator;
+    const pool = try Pool.create(gpa, .{});
+    defer pool.release();
+    const half: Half = .{ .format = .f16, .dim = 64, .slots = 80, .rotated = false };
+    var tier: Tier = .{ .key = half, .value = half, .heads = 2, .tokens_per_page = 80 };
+    defer tier.deinit(gpa, pool);
+    try move(&tier, pool, 0, 240);
+    for (0..tier.heads) |head| for ([_]u64{ 0, 64, 80, 144 }) |position| {
+        const window: Window = .init(&tier, position, tier.end, tier.end, head);
+        const next = window.base + 64;
+        const keys = @intFromPtr(tier.page_at(next / tier.tokens_per_page, head));
+        for (
+            [_]Ahead{ window.ahead_of_score, window.ahead_of_accumulate },
+            [_]usize{ keys, keys + half.bytes() },
+        ) |ahead, first| {
+            const at = @intFromPtr(ahead.at);
+            try std.testing.expect(ahead.lines > 0);
+            try std.testing.expect(at >= first);
+            try std.testing.expect(at + ahead.lines * 64 <= first + half.bytes());
+        }
+    };
 }
 
 test "the first to append to a shared row writes in place, the next copies that row alone" {
