@@ -8,7 +8,6 @@ const k_format = @import("k_format.zig");
 const narrow = @import("narrow.zig");
 const rows_file = @import("rows.zig");
 const F = vec.F;
-const U = vec.U;
 const Half = format.Half;
 const Rows = rows_file.Rows;
 const Side = format.Side;
@@ -54,12 +53,12 @@ fn encode_scales(
     scales: [*]u16,
 ) F {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    var ranks: [vec.lanes]U = undefined;
+    var ranks: [vec.lanes]vec.Rank = undefined;
     inline for (&ranks, 0..) |*rank, t| {
         const row = args.rows + (block * 16 + t) * args.dim + g * format.group;
-        rank.* = @max(T.rank(vec.load(F, row)), T.rank(vec.load(F, row + vec.lanes)));
+        rank.* = vec.outer(vec.rank(vec.load(F, row)), vec.rank(vec.load(F, row + vec.lanes)));
     }
-    const scale = T.scale(vec.fold_each(.max, U, vec.lanes, &ranks));
+    const scale = T.scale(vec.unrank(vec.fold_each(.outer, vec.Rank, vec.lanes, &ranks)));
     vec.store(scales + g * format.page_tokens + block * 16, scale);
     return T.inverse(vec.from_f16(16, scale));
 }
@@ -160,8 +159,8 @@ pub fn encode_token(
             for (0..row.len / format.group) |g| {
                 const a = vec.load(F, row.ptr + g * format.group);
                 const b = vec.load(F, row.ptr + g * format.group + vec.lanes);
-                const highest = @reduce(.Max, @max(T.rank(a), T.rank(b)));
-                const scale = T.scale(@splat(highest));
+                const ranks = vec.fold_each(.outer, vec.Rank, 1, &.{vec.outer(vec.rank(a), vec.rank(b))});
+                const scale = T.scale(vec.unrank(@splat(ranks[0])));
                 scales[g * format.page_tokens + slot] = scale[0];
                 const inverse = T.inverse(vec.from_f16(16, scale));
                 inline for (.{ a, b }, 0..) |x, h| {

@@ -140,22 +140,10 @@ fn Integer(comptime code_bits: comptime_int) type {
             return vec.from_f16(1, .{vec.load(u16, scales + index * 2)})[0];
         }
 
-        /// Orders values by magnitude, as integers. Equal magnitudes of both signs: q4 takes the
-        /// positive one; to q8 signs are all the same.
-        pub inline fn rank(x: vec.F) vec.U {
-            const word: vec.U = @bitCast(x);
-            const magnitude = word << @splat(1);
-            if (bits == 8) return magnitude;
-            return (magnitude | word >> @splat(31)) ^ @as(vec.U, @splat(1));
-        }
-
-        /// The f16 scales of 16 groups whose highest ranks are given, as bits.
-        pub inline fn scale(highest: vec.U) @Vector(16, u16) {
-            const sign = if (bits == 8)
-                @as(vec.U, @splat(0))
-            else
-                (highest ^ @as(vec.U, @splat(1))) << @splat(31);
-            const largest: vec.F = @bitCast(highest >> @splat(1) | sign);
+        /// The f16 scales of 16 groups whose outermost values are given, as bits; to q8 signs are
+        /// all the same.
+        pub inline fn scale(outermost: vec.F) @Vector(16, u16) {
+            const largest = if (bits == 8) @abs(outermost) else outermost;
             const exact = if (bits == 8)
                 largest / vec.splat(127)
             else

@@ -75,10 +75,34 @@ pub inline fn rotate_vectors(comptime count: usize, v: *[count]F) void {
 /// Values of two vectors.
 const pair_len = 2 * vec.lanes;
 
-/// The stages within 32 values. Each takes one half of the values against the other, sums to one
-/// vector, differences to the other. Halves are picked by shuffles that stay within quarters of a
-/// vector or move whole quarters, the cheap ones everywhere; the order is mended at the end.
+/// The stages within 32 values.
 inline fn rotate_pair(pair: [2]F) [2]F {
+    if (!vec.has.fma) return rotate_pair_by_halves(pair);
+    const a, const b = .{ rotate_vector(pair[0]), rotate_vector(pair[1]) };
+    return .{ a + b, a - b };
+}
+
+/// The stages within a vector. Each adds to every lane its partner, or subtracts it from that. The
+/// product with 1 or -1 is exact, so these are the sums and differences themselves; they take half
+/// as many shuffles as halves do.
+inline fn rotate_vector(x: F) F {
+    var v = x;
+    inline for ([_]usize{ 1, 2, 4, 8 }) |distance| {
+        const partners = comptime std.simd.iota(i32, vec.lanes) ^ @as(vec.I, @splat(distance));
+        const signs = comptime blk: {
+            var signs: [vec.lanes]f32 = undefined;
+            for (&signs, 0..) |*sign, lane| sign.* = if (lane & distance == 0) 1 else -1;
+            break :blk signs;
+        };
+        v = @mulAdd(F, v, signs, @shuffle(f32, v, undefined, partners));
+    }
+    return v;
+}
+
+/// Each stage takes one half of the values against the other, sums to one vector, differences to
+/// the other. Halves are picked by shuffles that stay within quarters of a vector or move whole
+/// quarters, the cheap ones everywhere; the order is mended at the end.
+inline fn rotate_pair_by_halves(pair: [2]F) [2]F {
     var a, var b = pair;
     inline for ([_]Pick{ .lanes, .lanes, .quarters, .quarters, .lanes }) |pick| {
         const x = @shuffle(f32, a, b, pick.mask(0));

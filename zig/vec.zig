@@ -16,8 +16,10 @@ pub const has = struct {
     pub const x86 = cpu.arch == .x86_64;
     pub const arm = cpu.arch == .aarch64;
     pub const vnni512 = llvm and x86 and cpu.hasAll(.x86, &.{ .avx512vnni, .avx512bw });
-    pub const avx512 = llvm and x86 and cpu.has(.x86, .avx512bw);
+    pub const avx512 = llvm and x86 and cpu.hasAll(.x86, &.{ .avx512bw, .avx512dq });
     pub const avx2 = llvm and x86 and cpu.has(.x86, .avx2);
+    /// Fused multiply-add. Results never depend on it.
+    pub const fma = llvm and x86 and cpu.has(.x86, .fma);
     pub const ssse3 = llvm and x86 and cpu.has(.x86, .ssse3);
     pub const dotprod = llvm and arm and cpu.has(.aarch64, .dotprod);
     pub const simd128 = llvm and cpu.arch.isWasm() and cpu.has(.wasm, .simd128);
@@ -142,6 +144,16 @@ pub const round_magic: f32 = 12582912.0;
 
 /// Nearest even integer of |x| < 2^22.
 pub inline fn round_to_int(x: F) I {
+    if (has.avx512) {
+        return intrinsics.@"llvm.x86.avx512.mask.cvtps2dq.512"(x, undefined, all_lanes, as_set);
+    }
+    if (has.avx2) {
+        var halves: [2]@Vector(8, i32) = undefined;
+        inline for (&halves, 0..) |*half, i| {
+            half.* = intrinsics.@"llvm.x86.avx.cvt.ps2dq.256"(std.simd.extract(x, 8 * i, 8));
+        }
+        return @bitCast(halves);
+    }
     return @as(I, @bitCast(x + splat(round_magic))) -% @as(I, @splat(@bitCast(round_magic)));
 }
 
@@ -158,16 +170,50 @@ pub inline fn times(x: F, numbers: [*]const f32, index: usize) F {
     return x * splat(numbers[index]);
 }
 
+// ---- which value is outermost ----
+
+/// A value, in a form in which outer ones are quickly found.
+pub const Rank = if (has.avx512) F else U;
+
+pub inline fn rank(x: F) Rank {
+    if (has.avx512) return x;
+    // Integers in the order of magnitudes; the lowest bit is set for positive values.
+    const word: U = @bitCast(x);
+    return (word << @splat(1) | word >> @splat(31)) ^ @as(U, @splat(1));
+}
+
+/// The one of larger magnitude; of equal magnitudes the positive one.
+pub inline fn outer(a: Rank, b: Rank) Rank {
+    if (!has.avx512) return @max(a, b);
+    const magnitude_max_signed = 0b0111;
+    return intrinsics.@"llvm.x86.avx512.mask.range.ps.512"(
+        a,
+        b,
+        magnitude_max_signed,
+        a,
+        all_lanes,
+        as_set,
+    );
+}
+
+pub inline fn unrank(ranks: Rank) F {
+    if (has.avx512) return ranks;
+    const sign = (ranks ^ @as(U, @splat(1))) << @splat(31);
+    return @bitCast(ranks >> @splat(1) | sign);
+}
+
 // ---- reductions, always by the same tree: (i, i+8), (i, i+4), (i, i+2), (i, i+1) ----
 
-pub const Reduction = enum { add, max, join };
+pub const Reduction = enum { add, max, join, outer };
 
 inline fn combine(comptime op: Reduction, a: anytype, b: @TypeOf(a)) @TypeOf(a) {
+    if (op == .outer) return outer(a, b);
     if (@typeInfo(@TypeOf(a)).vector.child == f32) return if (op == .max) max(a, b) else a + b;
     return switch (op) {
         .add => a +% b,
         .max => @max(a, b),
         .join => a | b,
+        .outer => comptime unreachable,
     };
 }
 
@@ -322,6 +368,30 @@ test "transpose makes rows columns" {
     for (columns, 0..) |column, c| for (column, 0..) |x, r| {
         try std.testing.expectEqual(@as(f32, @floatFromInt(r * lanes + c)), x);
     };
+}
+
+// The SysV convention makes Zig pass vectors by value on Windows too.
+const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
+const all_lanes = 0xffff;
+/// The rounding mode that the processor is in: to nearest even.
+const as_set = 4;
+const intrinsics = struct {
+    extern fn @"llvm.x86.avx512.mask.cvtps2dq.512"(F, I, u16, i32) callconv(sysv) I;
+    extern fn @"llvm.x86.avx512.mask.range.ps.512"(F, F, i32, F, u16, i32) callconv(sysv) F;
+    extern fn @"llvm.x86.avx.cvt.ps2dq.256"(@Vector(8, f32)) callconv(sysv) @Vector(8, i32);
+};
+
+test "rounding is to nearest even, and the outermost value is the positive one of two" {
+    const given = [_]f32{ 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.4999, -7.5001 };
+    const expected = [_]i32{ 0, 2, 2, 0, -2, -2, 3, -8 };
+    for (given, expected) |x, whole| try std.testing.expectEqual(whole, round_to_int(splat(x))[0]);
+    const pairs = [_][3]f32{
+        .{ 1, -2, -2 }, .{ -1, 2, 2 }, .{ 3, -3, 3 }, .{ -3, 3, 3 }, .{ -4, -4, -4 }, .{ 0, -1e-40, -1e-40 },
+    };
+    for (pairs) |pair| {
+        const found = unrank(outer(rank(splat(pair[0])), rank(splat(pair[1]))));
+        try std.testing.expectEqual(splat(pair[2]), found);
+    }
 }
 
 test "soft f16 conversions equal the hardware's for every value" {
