@@ -1,22 +1,27 @@
 //! Software prefetch, spread evenly over a kernel's work. While one page is computed, the next one
 //! is on its way from memory; asked for in bursts it would wait in the processor's few line-fill
 //! buffers. It comes into the second-level cache: two pages do not fit the first.
-//! Used by score.zig, accumulate.zig and tile.zig; step.zig says what to fetch.
+//! Used by score.zig, accumulate.zig and tile.zig (step.zig says what to fetch) and by rows.zig.
 const builtin = @import("builtin");
 
-const line_bytes = 64;
+pub const line_bytes = 64;
 
-/// Cache lines that a kernel call should ask for. All are memory that can be read.
+/// Cache lines that a kernel call should ask for, to read or to write them. All are memory that can
+/// be read.
 pub const Ahead = extern struct {
     at: [*]const u8,
     lines: usize,
 
     pub const none: Ahead = .{ .at = undefined, .lines = 0 };
 
-    /// Share `first` of `of`, and as many after it.
-    pub fn part(ahead: *const Ahead, first: usize, count: usize, of: usize) Ahead {
-        const start = ahead.lines * first / of;
-        const end = ahead.lines * (first + count) / of;
+    pub fn of(bytes: []const u8) Ahead {
+        return .{ .at = bytes.ptr, .lines = bytes.len / line_bytes };
+    }
+
+    /// Share `first` of `shares`, and as many after it.
+    pub fn part(ahead: *const Ahead, first: usize, count: usize, shares: usize) Ahead {
+        const start = ahead.lines * first / shares;
+        const end = ahead.lines * (first + count) / shares;
         return .{ .at = ahead.at + start * line_bytes, .lines = end - start };
     }
 

@@ -9,7 +9,7 @@ const narrow = @import("narrow.zig");
 const rows_file = @import("rows.zig");
 const F = vec.F;
 const Half = format.Half;
-const Rows = rows_file.Rows;
+const Next = rows_file.Next;
 const Side = format.Side;
 const Spread = rows_file.Spread;
 
@@ -18,8 +18,8 @@ pub const PageArgs = extern struct {
     half: [*]u8,
     rows: [*]const f32, // (64, dim)
     dim: usize,
-    /// What is read next, to be fetched meanwhile.
-    ahead: Rows,
+    /// To be fetched meanwhile.
+    ahead: Next,
 };
 
 /// Packs a whole page of 64 tokens.
@@ -78,7 +78,7 @@ inline fn encode_four(
     return T.clamp(narrow.to_bytes(&rounded));
 }
 
-/// Four tokens at a time: 16 dims of each become four words, a quarter of a vector each.
+/// Sixteen tokens at a time: 16 dims of each become four words, a vector for all tokens.
 fn encode_key_group(
     comptime T: type,
     args: *const PageArgs,
@@ -88,22 +88,23 @@ fn encode_key_group(
 ) void {
     const run_bytes = format.page_tokens * 4;
     const loads = format.group / 4 / T.chunks_per_load;
-    var slot: usize = 0;
-    while (slot < format.page_tokens) : (slot += 4) {
-        ahead.turn();
+    for (0..format.blocks_per_page) |block| {
         inline for (0..2) |h| {
-            const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
-            const codes = encode_four(T, rows, args.dim, inverses[slot..][0..4].*);
+            var words: [4]narrow.Bytes = undefined;
+            inline for (&words, 0..) |*word, k| {
+                const slot = block * 16 + k * 4;
+                if (h == 0) ahead.turn();
+                const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
+                word.* = encode_four(T, rows, args.dim, inverses[slot..][0..4].*);
+            }
+            const chunks = narrow.transpose_vectors(&words);
+            const first = g * loads + h * 4 / T.chunks_per_load;
             inline for (0..4 / T.chunks_per_load) |k| {
-                const load_index = g * loads + (h * 4) / T.chunks_per_load + k;
-                const target = args.half + load_index * run_bytes + slot * 4;
-                if (T.bits == 8) {
-                    vec.store(target, std.simd.extract(codes, k * 16, 16));
-                } else {
-                    const low = std.simd.extract(codes, k * 32, 16);
-                    const high = std.simd.extract(codes, k * 32 + 16, 16);
-                    vec.store(target, low | high << @splat(4));
-                }
+                const target = args.half + (first + k) * run_bytes + block * 64;
+                vec.store(target, if (T.bits == 8)
+                    chunks[k]
+                else
+                    chunks[2 * k] | chunks[2 * k + 1] << @splat(4));
             }
         }
     }

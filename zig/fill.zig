@@ -11,8 +11,10 @@ const recode = @import("recode.zig");
 const rows_file = @import("rows.zig");
 const scratch = @import("scratch.zig");
 const threads = @import("threads.zig");
+const Ahead = @import("ahead.zig").Ahead;
 const Half = format.Half;
 const Input = @import("input.zig").Input;
+const Next = rows_file.Next;
 const Side = format.Side;
 const Tier = @import("tier.zig").Tier;
 
@@ -105,12 +107,29 @@ const Job = struct {
             };
             const page = tier.page_at(number, head);
             position += run.count;
-            const values = job.input_rows(.value, run.position, run.count, head);
-            const next_count = @min(job.end - position, format.page_tokens);
-            const next = job.input_rows(.key, position, @intCast(next_count), head);
+            const values: Next = .{
+                .rows = job.input_rows(.value, run.position, run.count, head),
+                .target = lines_of(tier.value, tier.values_of(page)),
+            };
             job.fill_half(.key, tier.key, tier.keys_of(page), run, rows, values);
-            job.fill_half(.value, tier.value, tier.values_of(page), run, rows, next);
+            const keys = job.keys_after(position, head);
+            job.fill_half(.value, tier.value, tier.values_of(page), run, rows, keys);
         }
+    }
+
+    /// The keys of the next run, if they fill a page.
+    fn keys_after(job: *const Job, position: u64, head: u32) Next {
+        if (job.end - position < format.page_tokens) return .none;
+        const number = position / job.tier.tokens_per_page;
+        return .{
+            .rows = job.input_rows(.key, position, format.page_tokens, head),
+            .target = lines_of(job.tier.key, job.tier.half_at(.key, number, head)),
+        };
+    }
+
+    /// The cache lines of a half that is packed next.
+    fn lines_of(half: Half, base: [*]const u8) Ahead {
+        return if (half.quantized()) .of(base[0..half.bytes()]) else .none;
     }
 
     /// Slots from `slot` to the end of its window of 64.
@@ -141,7 +160,7 @@ const Job = struct {
         base: [*]u8,
         run: Run,
         rows: []f32,
-        ahead: rows_file.Rows,
+        ahead: Next,
     ) void {
         if (job.through) |warm| return job.fill_through(warm, side, half, base, run, rows);
         const dim = half.dim_stored();

@@ -65,6 +65,25 @@ pub inline fn transpose_quarters(bytes: Bytes) Bytes {
     return @shuffle(u8, bytes, undefined, order);
 }
 
+/// Transposes the quarters of four vectors.
+pub inline fn transpose_vectors(vectors: *const [4]Bytes) [4]Bytes {
+    const Quarters = @Vector(16, u32);
+    const even = [16]i32{ 0, 1, 2, 3, 8, 9, 10, 11, ~@as(i32, 0), -2, -3, -4, -9, -10, -11, -12 };
+    const odd = [16]i32{ 4, 5, 6, 7, 12, 13, 14, 15, -5, -6, -7, -8, -13, -14, -15, -16 };
+    var q: [4]Quarters = undefined;
+    inline for (&q, vectors) |*to, from| to.* = @bitCast(from);
+    const a = @shuffle(u32, q[0], q[1], even); // chunks 0 and 2 of tokens 0 to 7
+    const b = @shuffle(u32, q[2], q[3], even);
+    const c = @shuffle(u32, q[0], q[1], odd);
+    const d = @shuffle(u32, q[2], q[3], odd);
+    return .{
+        @bitCast(@shuffle(u32, a, b, even)),
+        @bitCast(@shuffle(u32, c, d, even)),
+        @bitCast(@shuffle(u32, a, b, odd)),
+        @bitCast(@shuffle(u32, c, d, odd)),
+    };
+}
+
 // The SysV convention makes Zig pass vectors by value on Windows too.
 const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
 const x86 = struct {

@@ -8,7 +8,7 @@ const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const rotate = @import("rotate.zig");
 const Half = format.Half;
-const Rows = @import("rows.zig").Rows;
+const Next = @import("rows.zig").Next;
 const Side = format.Side;
 
 /// The values of `count` tokens from `slot` on, as they are held, into (count, stored dim).
@@ -45,7 +45,7 @@ pub fn encode(
     encode_and_fetch(half, side, base, slot, count, rows, .none);
 }
 
-/// The same, while what is read next is fetched.
+/// The same, while what comes next is fetched.
 pub fn encode_and_fetch(
     half: Half,
     comptime side: Side,
@@ -53,7 +53,7 @@ pub fn encode_and_fetch(
     slot: usize,
     count: usize,
     rows: [*]f32,
-    ahead: Rows,
+    ahead: Next,
 ) void {
     const dim = half.dim_stored();
     if (half.centred) encode_k.subtract_offsets(rows, count, dim, half.offsets(base));

@@ -4,8 +4,10 @@
 const std = @import("std");
 const builtin = @import("builtin");
 const abi = @import("abi.zig");
+const ahead_file = @import("ahead.zig");
 const rotate = @import("rotate.zig");
 const vec = @import("vec.zig");
+const Ahead = ahead_file.Ahead;
 const Half = @import("format.zig").Half;
 
 /// Rows of `dim` elements, `stride_bytes` apart.
@@ -28,7 +30,7 @@ pub const Rows = extern struct {
         if (builtin.cpu.arch.isWasm() or i >= rows.count) return;
         const source = rows.row(i);
         var at: usize = 0;
-        while (at < row_bytes) : (at += std.atomic.cache_line) {
+        while (at < row_bytes) : (at += ahead_file.line_bytes) {
             @prefetch(source + at, .{ .locality = locality, .cache = .data });
         }
     }
@@ -38,15 +40,24 @@ pub const Rows = extern struct {
             inline else => |dtype| @as(usize, @sizeOf(Element(dtype))),
         };
     }
+};
+
+/// What is read and what is written next.
+pub const Next = extern struct {
+    rows: Rows,
+    target: Ahead,
+
+    pub const none: Next = .{ .rows = .none, .target = .none };
 
     /// To be fetched in `turns` equal parts while something else is computed.
-    pub fn over(rows: *const Rows, turns: usize) Spread {
+    pub fn over(next: *const Next, turns: usize) Spread {
         return .{
-            .rows = rows,
-            .row_bytes = rows.row_bytes_of(),
-            .next = 0,
+            .rows = &next.rows,
+            .row_bytes = next.rows.row_bytes_of(),
+            .row = 0,
             .turns = turns,
             .credit = 0,
+            .target = next.target.over(turns),
         };
     }
 };
@@ -54,17 +65,19 @@ pub const Rows = extern struct {
 pub const Spread = struct {
     rows: *const Rows,
     row_bytes: usize,
-    next: usize,
+    row: usize,
     turns: usize,
     credit: usize,
+    target: ahead_file.Spread,
 
     pub inline fn turn(spread: *Spread) void {
         spread.credit += spread.rows.count;
         while (spread.credit >= spread.turns) {
-            spread.rows.fetch(spread.next, spread.row_bytes, 2);
-            spread.next += 1;
+            spread.rows.fetch(spread.row, spread.row_bytes, 2);
+            spread.row += 1;
             spread.credit -= spread.turns;
         }
+        spread.target.turn();
     }
 };
 
