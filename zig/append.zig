@@ -40,9 +40,13 @@ pub const Append = struct {
     kept: ?*Kept,
     changes: [cache_file.tier_count]Change,
     workspace: Workspace,
+    /// Positions that `write_ahead` has written.
+    ahead: [2]u64 = .{ 0, 0 },
 
     pub fn reserve(cache: *Cache, keys: Input, values: Input, tokens: u64) Error!Append {
-        try check_input(cache, keys, values, tokens);
+        try check_count(cache, tokens);
+        const long = value_count(cache, tokens) >= threads.parallel_values_min;
+        if (!long) try check_values(cache, keys, values, tokens);
         var after = cache.plan(tokens);
         const window = try evict.after_append(cache, tokens, after.begin);
         after.begin = window.begin;
@@ -61,13 +65,54 @@ pub const Append = struct {
             append.reserve_tiers() catch |err| {
                 const moved = err == error.PoolExhausted and try spill.make_room(cache);
                 if (moved) continue;
+                if (long) try check_values(cache, keys, values, tokens);
                 return err;
             };
             break;
         }
         errdefer append.cancel_changes(append.changes.len);
-        append.workspace = try .init(cache.rows, append.value_count(), cache.config.num_kv_heads);
+        const count = value_count(cache, tokens);
+        append.workspace = try .init(cache.rows, count, cache.config.num_kv_heads);
+        errdefer append.workspace.deinit();
+        if (long) try append.write_ahead();
         return append;
+    }
+
+    /// Checks a long input. What of it goes straight into new pages, which nobody sees before
+    /// `commit`, is checked while it is packed into them, so that it is read once.
+    fn write_ahead(append: *Append) Error!void {
+        const cache = append.cache;
+        const name = cache.body_name();
+        const new = append.changes[@backingInt(name)].filled(cache.tier_of(name), cache.next);
+        if (!cache.config.has_warm()) if (new) |rows| {
+            append.ahead = .{ rows.start, rows.end };
+        };
+        if (append.rest_accepted() and append.new_accepted(new)) return;
+        try check_values(cache, append.keys, append.values, append.tokens); // says what is wrong
+        message.set("the input changed while it was read", .{});
+        return error.InvalidArgument;
+    }
+
+    /// Writes the new pages.
+    fn new_accepted(append: *Append, new: ?Tier) bool {
+        var rows = new orelse return true;
+        var unchecked = append.source();
+        unchecked.limits = .{ append.cache.key_limit, append.cache.value_limit };
+        return fill(&rows, rows.start, rows.end, &unchecked, null, &append.workspace);
+    }
+
+    /// Checks what is not written ahead.
+    fn rest_accepted(append: *const Append) bool {
+        const cache = append.cache;
+        const heads = cache.config.num_kv_heads;
+        const first = append.ahead[0] -| cache.next;
+        const end = append.ahead[1] -| cache.next;
+        const keys, const values = .{ &append.keys, &append.values };
+        const key_limit, const value_limit = .{ cache.key_limit, cache.value_limit };
+        return keys.first_refused(0, first, heads, key_limit, true) == null and
+            keys.first_refused(end, append.tokens, heads, key_limit, true) == null and
+            values.first_refused(0, first, heads, value_limit, true) == null and
+            values.first_refused(end, append.tokens, heads, value_limit, true) == null;
     }
 
     fn reserve_tiers(append: *Append) Error!void {
@@ -80,12 +125,6 @@ pub const Append = struct {
             change.* = try tier.reserve(cache.gpa, cache.pool, bound[0], bound[1], written);
             reserved += 1;
         }
-    }
-
-    /// Numbers that the tokens bring.
-    fn value_count(append: *const Append) u64 {
-        const config = &append.cache.config;
-        return append.tokens *| config.num_kv_heads *| (config.head_dim + config.value_dim);
     }
 
     pub fn cancel(append: *Append) void {
@@ -101,14 +140,14 @@ pub const Append = struct {
         }
     }
 
-    pub fn commit(append: *Append) void {
+    /// Where its rows come from, as long as no tier has moved.
+    fn source(append: *const Append) Source {
         const cache = append.cache;
-        const live_before = cache.len();
         const held = cache.tier_of(.store);
         const runs = cache.kept_runs();
         const through = cache.config.has_warm();
         const left = if (through) cache.cold else cache.boundary;
-        const source: Source = .{
+        return .{
             .keys = append.keys,
             .values = append.values,
             .first = cache.next,
@@ -118,10 +157,17 @@ pub const Append = struct {
             .kept = if (runs.len == 0) null else &runs[runs.len - 1],
             .new_page = if (held.tokens() == 0) 0 else (held.end - 1) / held.tokens_per_page + 1,
         };
+    }
+
+    pub fn commit(append: *Append) void {
+        const cache = append.cache;
+        const live_before = cache.len();
+        const through = cache.config.has_warm();
+        const from = append.source();
         const sinks = cache.tier_of(.sinks);
         const sinks_before = sinks.end;
         append.move(.sinks);
-        append.write(sinks, sinks_before, &source, null);
+        append.write(sinks, sinks_before, &from, null);
 
         const store = cache.tier_of(.store);
         const stored_before = store.end;
@@ -129,13 +175,13 @@ pub const Append = struct {
         const warm_before = warm.end;
         append.move(.store);
         // Warm tier and tail still hold what they held: what migrates is read from there.
-        append.write(store, stored_before, &source, if (through) warm else null);
+        append.write(store, stored_before, &from, if (through) warm else null);
         append.move(.warm);
-        append.write(warm, warm_before, &source, null);
+        append.write(warm, warm_before, &from, null);
 
         const tail = cache.tier_of(.tail);
         append.move(.tail);
-        append.write(tail, cache.next, &source, null);
+        append.write(tail, cache.next, &from, null);
         append.workspace.deinit();
         cache.replace_kept(append.kept);
 
@@ -147,16 +193,20 @@ pub const Append = struct {
         cache.cold = append.after.cold;
     }
 
-    /// Writes the tokens of a tier that were not there before, from position `first` on.
+    /// Writes the tokens of a tier that were not there before, from position `first` on. What was
+    /// written ahead is the body's, and in no other tier.
     fn write(
         append: *Append,
         tier: *Tier,
         first: u64,
-        source: *const Source,
+        from: *const Source,
         through: ?*const Tier,
     ) void {
         const start = @max(first, tier.start);
-        fill(tier, start, tier.end, source, through, &append.workspace);
+        const before = @min(append.ahead[0], tier.end);
+        const after = @max(append.ahead[1], start);
+        _ = fill(tier, start, before, from, through, &append.workspace);
+        _ = fill(tier, after, tier.end, from, through, &append.workspace);
     }
 
     fn move(append: *Append, name: cache_file.TierName) void {
@@ -165,22 +215,32 @@ pub const Append = struct {
     }
 };
 
-fn check_input(cache: *const Cache, keys: Input, values: Input, tokens: u64) Error!void {
-    const config = &cache.config;
+fn check_count(cache: *const Cache, tokens: u64) Error!void {
     if (tokens > std.math.maxInt(u48) - cache.next) {
         message.set("tokens: {d} more would pass the highest position, 2^48", .{tokens});
         return error.InvalidArgument;
     }
     if (tokens > std.math.maxInt(usize)) return error.OutOfMemory;
-    try keys.validate(tokens, config.num_kv_heads, cache.key_limit);
-    try values.validate(tokens, config.num_kv_heads, cache.value_limit);
     if (cache.mapping) |mapping| try mapping.verify(); // pages of it may be copied
+}
+
+fn check_values(cache: *const Cache, keys: Input, values: Input, tokens: u64) Error!void {
+    const heads = cache.config.num_kv_heads;
+    try keys.validate(tokens, heads, cache.key_limit);
+    try values.validate(tokens, heads, cache.value_limit);
+}
+
+/// Numbers that the tokens bring.
+fn value_count(cache: *const Cache, tokens: u64) u64 {
+    const config = &cache.config;
+    return tokens *| config.num_kv_heads *| (config.head_dim + config.value_dim);
 }
 
 /// An append of more tokens than leave room for what is kept behind the window: piece by piece,
 /// and all back where it was if one of them fails. The cache is locked.
 pub fn in_pieces(cache: *Cache, keys: Input, values: Input, tokens: u64) Error!void {
-    try check_input(cache, keys, values, tokens);
+    try check_count(cache, tokens);
+    try check_values(cache, keys, values, tokens);
     var saved: Cache = undefined;
     saved.gpa = cache.gpa;
     saved.pool = cache.pool;
@@ -263,7 +323,7 @@ fn order(cache: *Cache, other: *Cache) std.math.Order {
 fn commit_all(appends: []Append) void {
     var values: u64 = 0;
     for (appends) |*append| {
-        if (!append.workspace.borrowed) values += append.value_count();
+        if (!append.workspace.borrowed) values += value_count(append.cache, append.tokens);
     }
     if (values >= threads.parallel_values_min) {
         threads.run(@intCast(appends.len), appends.ptr, commit_short);

@@ -31,6 +31,8 @@ pub const Source = struct {
     new_page: u64,
     /// The newest tokens kept behind the window, if there are any.
     kept: ?*const Tier,
+    /// Largest magnitudes of keys and values, of which is not known yet whether they are above.
+    limits: ?[2]f32 = null,
 };
 
 /// Working memory for `fill`: rows of a page for every thread that may take part.
@@ -55,7 +57,8 @@ pub const Workspace = struct {
 };
 
 /// Writes the positions [start, end), which `tier` covers. Tokens get into the store as the warm
-/// tier holds them, or would have held them, if there is one: `through`.
+/// tier holds them, or would have held them, if there is one: `through`. False if something was
+/// above the source's limits: then what was written is not to be used.
 pub fn fill(
     tier: *Tier,
     start: u64,
@@ -63,8 +66,8 @@ pub fn fill(
     source: *const Source,
     through: ?*const Tier,
     workspace: *Workspace,
-) void {
-    if (start >= end) return;
+) bool {
+    if (start >= end) return true;
     var job: Job = .{
         .table = dispatch.table(),
         .tier = tier,
@@ -75,8 +78,10 @@ pub fn fill(
         .lanes = &workspace.lanes,
     };
     const heads: u32 = @intCast(tier.heads);
-    if (workspace.lanes.count > 1) return threads.run(heads, &job, Job.fill_head);
-    for (0..heads) |head| Job.fill_head(&job, @intCast(head));
+    if (workspace.lanes.count > 1) {
+        threads.run(heads, &job, Job.fill_head);
+    } else for (0..heads) |head| Job.fill_head(&job, @intCast(head));
+    return !job.refused.load(.monotonic);
 }
 
 const Job = struct {
@@ -87,6 +92,7 @@ const Job = struct {
     source: *const Source,
     through: ?*const Tier,
     lanes: *scratch.Lanes,
+    refused: std.atomic.Value(bool) = .init(false),
 
     fn fill_head(context: *anyopaque, head: u32) void {
         const job: *Job = @ptrCast(@alignCast(context));
@@ -95,7 +101,7 @@ const Job = struct {
         const rows = job.lanes.memory(lane);
         const tier = job.tier;
         var position = job.start;
-        while (position < job.end) {
+        while (position < job.end and !job.refused.load(.monotonic)) {
             const number = position / tier.tokens_per_page;
             const slot: usize = @intCast(position % tier.tokens_per_page);
             const room = @min(tier.tokens_per_page - slot, page_room(slot));
@@ -118,7 +124,7 @@ const Job = struct {
     }
 
     /// The keys of the next run, if they fill a page.
-    fn keys_after(job: *const Job, position: u64, head: u32) Next {
+    fn keys_after(job: *Job, position: u64, head: u32) Next {
         if (job.end - position < format.page_tokens) return .none;
         const number = position / job.tier.tokens_per_page;
         return .{
@@ -154,7 +160,7 @@ const Job = struct {
     };
 
     fn fill_half(
-        job: *const Job,
+        job: *Job,
         comptime side: Side,
         half: Half,
         base: [*]u8,
@@ -170,7 +176,7 @@ const Job = struct {
             const like_tail = half.format == job.source.tail.key.format;
             if (like_tail) return job.read(side, half, run, .{ .page = at });
             job.read(side, half, run, .{ .rows = rows.ptr });
-            return job.table.store[f].?(&.{
+            _ = job.table.store[f].?(&.{
                 .rows = .{
                     .first = @intFromPtr(rows.ptr),
                     .stride_bytes = @intCast(dim * @sizeOf(f32)),
@@ -180,7 +186,9 @@ const Job = struct {
                 },
                 .target = at,
                 .dim_stored = dim,
+                .limit = unlimited,
             });
+            return;
         }
         job.read(side, half, run, .{ .rows = rows.ptr });
         if (half.centred) job.choose_offsets(side, half, base, run, rows);
@@ -189,7 +197,7 @@ const Job = struct {
 
     /// Packs the run's rows as the warm tier has them.
     fn fill_through(
-        job: *const Job,
+        job: *Job,
         warm: *const Tier,
         comptime side: Side,
         half: Half,
@@ -218,7 +226,7 @@ const Job = struct {
 
     /// The run's rows as `half` wants them: at tail precision, or as the warm tier has them, from
     /// its pages, or through a page of its format for tokens that never were there.
-    fn fetch(job: *const Job, comptime side: Side, half: Half, run: Run, memory: []f32) void {
+    fn fetch(job: *Job, comptime side: Side, half: Half, run: Run, memory: []f32) void {
         const warm = job.through orelse
             return job.read(side, half, run, .{ .rows = memory.ptr });
         const from = warm.half(side);
@@ -243,7 +251,7 @@ const Job = struct {
     /// them are in the run: so it does not matter how the stream was cut into appends. If tokens of
     /// the page are kept, it gets theirs. Leaves the run's rows where they are.
     fn choose_offsets(
-        job: *const Job,
+        job: *Job,
         comptime side: Side,
         half: Half,
         base: [*]u8,
@@ -283,7 +291,7 @@ const Job = struct {
 
     /// The caller's rows of a run; none if some of its tokens come from the tail.
     fn input_rows(
-        job: *const Job,
+        job: *Job,
         comptime side: Side,
         position: u64,
         count: usize,
@@ -298,36 +306,43 @@ const Job = struct {
     const Target = union(enum) { page: [*]u8, rows: [*]f32 };
 
     /// The run's rows at tail precision, as `half` wants them.
-    fn read(job: *const Job, comptime side: Side, half: Half, run: Run, target: Target) void {
+    fn read(job: *Job, comptime side: Side, half: Half, run: Run, target: Target) void {
         const source = job.source;
         const from_tail: usize = if (run.position >= source.first)
             0
         else
             @intCast(@min(run.count, source.first - run.position));
         if (from_tail > 0) {
-            job.read_rows(tail_rows(side, source.tail, run, from_tail), half, 0, target);
+            const held = tail_rows(side, source.tail, run, from_tail);
+            _ = job.read_rows(held, half, 0, target, unlimited);
         }
         if (from_tail == run.count) return;
         const input = if (side == .key) &source.keys else &source.values;
         const token = run.position + from_tail - source.first;
         const given = input.rows(token, run.head, run.count - from_tail);
-        job.read_rows(given, half, from_tail, target);
+        const limit = if (source.limits) |limits| limits[@backingInt(side)] else unlimited;
+        const accepted = job.read_rows(given, half, from_tail, target, limit);
+        if (source.limits != null and !accepted) job.refused.store(true, .monotonic);
     }
 
-    /// Rows from the run's token `first` on.
+    const unlimited = std.math.inf(f32);
+
+    /// Rows from the run's token `first` on; whether they are within the limit.
     fn read_rows(
-        job: *const Job,
+        job: *Job,
         from: rows_file.Rows,
         half: Half,
         first: usize,
         target: Target,
-    ) void {
+        limit: f32,
+    ) bool {
         const dim = half.dim_stored();
-        switch (target) {
+        return switch (target) {
             .page => |at| job.table.store[@backingInt(half.format)].?(&.{
                 .rows = from,
                 .target = at + first * half.row_bytes(),
                 .dim_stored = dim,
+                .limit = limit,
             }),
             .rows => |rows| job.table.read(&.{
                 .rows = from,
@@ -335,8 +350,9 @@ const Job = struct {
                 .dim_stored = dim,
                 .tail_format = @backingInt(job.source.tail.key.format),
                 .rotated = half.rotated,
+                .limit = limit,
             }),
-        }
+        };
     }
 
     /// Tokens that migrate. Pages of store and tail cover the same positions, so they lie in one

@@ -39,7 +39,7 @@ pub const Q5K = k_format.K(5);
 pub const Q6K = k_format.K(6);
 
 /// Keys or values: their codes are interleaved for different dot products.
-pub const Side = enum { key, value };
+pub const Side = enum(u1) { key = 0, value = 1 };
 
 /// Floating-point rows, token after token: (slot, dim).
 fn Float(comptime format_name: []const u8, comptime Stored: type) type {

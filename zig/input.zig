@@ -63,23 +63,39 @@ pub const Input = struct {
 
     /// Refuses what the cache could not give back: NaN, infinities, magnitudes above `limit`.
     pub fn validate(in: *const Input, tokens: u64, heads: usize, limit: f32) Refusal!void {
-        const count: usize = @intCast(tokens);
-        const values = count *| heads *| in.dim;
-        const parts: usize = if (values < threads.parallel_values_min) 1 else parts_max;
-        var validation: Validation = .{
-            .input = in,
-            .heads = heads,
-            .limit = limit,
-            .tokens = count,
-            .part_tokens = (count + parts - 1) / parts,
-        };
-        threads.run(@intCast(parts), &validation, Validation.run_part);
-        const refused = validation.refused.load(.monotonic);
-        if (refused == none) return;
+        const values = tokens *| heads *| in.dim;
+        const shared = values >= threads.parallel_values_min;
+        const refused = in.first_refused(0, tokens, heads, limit, shared) orelse return;
         for (0..heads) |head| switch (in.dtype) {
             inline else => |tag| try in.explain(tag, refused, head, limit),
         };
         unreachable; // one of the rows was refused
+    }
+
+    /// The first of the tokens [first, end) that `validate` refuses. `shared` says that other
+    /// threads are to help.
+    pub fn first_refused(
+        in: *const Input,
+        first: u64,
+        end: u64,
+        heads: usize,
+        limit: f32,
+        shared: bool,
+    ) ?u64 {
+        if (first >= end) return null;
+        const parts: usize = if (shared) parts_max else 1;
+        const tokens: usize = @intCast(end - first);
+        var validation: Validation = .{
+            .input = in,
+            .heads = heads,
+            .limit = limit,
+            .first = @intCast(first),
+            .end = @intCast(end),
+            .part_tokens = (tokens + parts - 1) / parts,
+        };
+        threads.run(@intCast(parts), &validation, Validation.run_part);
+        const refused = validation.refused.load(.monotonic);
+        return if (refused == none) null else refused;
     }
 
     const none = std.math.maxInt(usize);
@@ -90,7 +106,8 @@ pub const Input = struct {
         input: *const Input,
         heads: usize,
         limit: f32,
-        tokens: usize,
+        first: usize,
+        end: usize,
         part_tokens: usize,
         refused: std.atomic.Value(usize) = .init(none),
 
@@ -98,8 +115,8 @@ pub const Input = struct {
             const self: *Validation = @ptrCast(@alignCast(context));
             const in = self.input;
             const table = dispatch.table();
-            const first = @min(part * self.part_tokens, self.tokens);
-            for (first..@min(first + self.part_tokens, self.tokens)) |token| {
+            const first = @min(self.first + part * self.part_tokens, self.end);
+            for (first..@min(first + self.part_tokens, self.end)) |token| {
                 const rows_of = in.rows_at(in.address(token, 0), in.head_stride, self.heads);
                 if (table.check(&.{ .rows = rows_of, .limit = self.limit })) continue;
                 _ = self.refused.fetchMin(token, .monotonic);

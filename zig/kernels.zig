@@ -19,7 +19,7 @@ pub const ScoreFn = *const fn (*const score.ScoreArgs) callconv(.c) void;
 pub const AccumulateFn = *const fn (*const accumulate.AccumulateArgs) callconv(.c) void;
 pub const KeysFn = *const fn (*const tile.KeysArgs) callconv(.c) void;
 pub const PageFn = *const fn (*const encode.PageArgs) callconv(.c) void;
-pub const StoreFn = *const fn (*const rows_file.StoreArgs) callconv(.c) void;
+pub const StoreFn = *const fn (*const rows_file.StoreArgs) callconv(.c) bool;
 
 pub const Table = extern struct {
     prepare: [format.count]*const fn (*const prepare.PrepareArgs) callconv(.c) void,
@@ -39,7 +39,7 @@ pub const Table = extern struct {
     store: [format.count]?StoreFn,
     rotate: *const fn ([*]f32, usize) callconv(.c) void,
     check: *const fn (*const rows_file.CheckArgs) callconv(.c) bool,
-    read: *const fn (*const rows_file.ReadArgs) callconv(.c) void,
+    read: *const fn (*const rows_file.ReadArgs) callconv(.c) bool,
 };
 
 pub const table: Table = fill();
@@ -53,7 +53,7 @@ fn fill() Table {
     t.accumulate_rows = &adapt(tile.ValuesArgs, tile.accumulate_rows).call;
     t.rotate = &rotate_row;
     t.check = &check_rows;
-    t.read = &adapt(rows_file.ReadArgs, rows_file.read).call;
+    t.read = &read_rows;
     for (format.all, 0..) |T, f| {
         t.prepare[f] = &struct {
             fn call(args: *const prepare.PrepareArgs) callconv(.c) void {
@@ -80,8 +80,8 @@ fn fill() Table {
             }
         }.call;
         t.store[f] = if (T.quantized) null else &struct {
-            fn call(args: *const rows_file.StoreArgs) callconv(.c) void {
-                rows_file.store(T, args);
+            fn call(args: *const rows_file.StoreArgs) callconv(.c) bool {
+                return rows_file.store(T, args);
             }
         }.call;
     }
@@ -106,6 +106,10 @@ fn page_encoder(comptime T: type, comptime side: format.Side) type {
 
 fn check_rows(args: *const rows_file.CheckArgs) callconv(.c) bool {
     return rows_file.check(args);
+}
+
+fn read_rows(args: *const rows_file.ReadArgs) callconv(.c) bool {
+    return rows_file.read(args);
 }
 
 fn rotate_row(row: [*]f32, len: usize) callconv(.c) void {

@@ -127,23 +127,35 @@ pub fn check(args: *const CheckArgs) bool {
 
 fn check_rows(comptime dtype: abi.Dtype, rows: *const Rows, limit: f32) bool {
     const size = @sizeOf(Element(dtype));
+    var highest: Highest = .{};
     for (0..rows.count) |r| {
         const source = rows.row(r);
-        // As integers, magnitudes are in order, infinities above all numbers and NaN above them.
-        var highest: vec.U = @splat(0);
         var i: usize = 0;
         while (i + vec.lanes <= rows.dim) : (i += vec.lanes) {
-            const x: vec.U = @bitCast(@abs(convert(dtype, vec.lanes, source + i * size)));
-            highest = @max(highest, x);
+            highest.see(convert(dtype, vec.lanes, source + i * size));
         }
-        while (i < rows.dim) : (i += 1) {
-            const x: u32 = @bitCast(@abs(convert(dtype, 1, source + i * size)[0]));
-            highest = @max(highest, @as(vec.U, @splat(x)));
-        }
-        if (@reduce(.Max, highest) > @as(u32, @bitCast(limit))) return false;
+        while (i < rows.dim) : (i += 1) highest.see_one(convert(dtype, 1, source + i * size));
     }
-    return true;
+    return highest.within(limit);
 }
+
+/// The highest magnitude so far. As integers, magnitudes are in order, infinities above all numbers
+/// and NaN above them.
+const Highest = struct {
+    bits: vec.U = @splat(0),
+
+    inline fn see(highest: *Highest, x: vec.F) void {
+        highest.bits = @max(highest.bits, @as(vec.U, @bitCast(@abs(x))));
+    }
+
+    inline fn see_one(highest: *Highest, x: @Vector(1, f32)) void {
+        highest.see(@splat(x[0]));
+    }
+
+    inline fn within(highest: *const Highest, limit: f32) bool {
+        return @reduce(.Max, highest.bits) <= @as(u32, @bitCast(limit));
+    }
+};
 
 pub const ReadArgs = extern struct {
     rows: Rows,
@@ -153,24 +165,27 @@ pub const ReadArgs = extern struct {
     /// What the tail rounds to.
     tail_format: u32,
     rotated: bool,
+    limit: f32,
 };
 
-pub fn read(args: *const ReadArgs) void {
-    switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
+/// Returns whether all magnitudes are numbers up to `limit`.
+pub fn read(args: *const ReadArgs) bool {
+    return switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
         inline else => |dtype| switch (@as(abi.Format, @fromBackingInt(args.tail_format))) {
             inline .f32, .f16, .bf16 => |tail| read_rows(dtype, tail, args),
             else => unreachable, // config.zig
         },
-    }
+    };
 }
 
-fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const ReadArgs) void {
+fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const ReadArgs) bool {
     const size = @sizeOf(Element(dtype));
     const dim = args.rows.dim;
     if (args.rotated and args.dim_stored == dim) switch (dim) {
         inline 64, 128 => |n| return read_rotated(dtype, tail, n / vec.lanes, args),
         else => {},
     };
+    var highest: Highest = .{};
     for (0..args.rows.count) |r| {
         args.rows.fetch(r + rows_ahead, dim * size, 3);
         const source = args.rows.row(r);
@@ -178,14 +193,18 @@ fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const 
         var i: usize = 0;
         while (i + vec.lanes <= dim) : (i += vec.lanes) {
             const x = convert(dtype, vec.lanes, source + i * size);
+            highest.see(x);
             vec.store(target.ptr + i, round(tail, vec.lanes, x));
         }
         while (i < dim) : (i += 1) {
-            target[i] = round(tail, 1, convert(dtype, 1, source + i * size))[0];
+            const x = convert(dtype, 1, source + i * size);
+            highest.see_one(x);
+            target[i] = round(tail, 1, x)[0];
         }
         @memset(target[dim..], 0);
         if (args.rotated) rotate.rotate(target);
     }
+    return highest.within(args.limit);
 }
 
 /// Rows that are one block of the rotation: they stay in registers.
@@ -194,9 +213,10 @@ fn read_rotated(
     comptime tail: abi.Format,
     comptime count: usize,
     args: *const ReadArgs,
-) void {
+) bool {
     const size = @sizeOf(Element(dtype));
     const dim = count * vec.lanes;
+    var highest: Highest = .{};
     for (0..args.rows.count) |r| {
         args.rows.fetch(r + rows_ahead, dim * size, 3);
         const source = args.rows.row(r);
@@ -204,11 +224,13 @@ fn read_rotated(
         var v: [count]vec.F = undefined;
         inline for (&v, 0..) |*x, i| {
             const given = convert(dtype, vec.lanes, source + i * vec.lanes * size);
+            highest.see(given);
             x.* = round(tail, vec.lanes, given);
         }
         rotate.rotate_vectors(count, &v);
         inline for (v, 0..) |x, i| vec.store(target + i * vec.lanes, x);
     }
+    return highest.within(args.limit);
 }
 
 /// Rows lie far apart, where the processor does not look ahead by itself.
@@ -219,32 +241,39 @@ pub const StoreArgs = extern struct {
     /// (row, dim_stored) in the format of the tail
     target: [*]u8,
     dim_stored: usize,
+    limit: f32,
 };
 
-/// Rows as a floating-point half holds them: rounded, padded with zeros.
-pub fn store(comptime T: type, args: *const StoreArgs) void {
-    switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
+/// Rows as a floating-point half holds them: rounded, padded with zeros. Returns whether all
+/// magnitudes are numbers up to `limit`.
+pub fn store(comptime T: type, args: *const StoreArgs) bool {
+    return switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
         inline else => |dtype| store_rows(T, dtype, args),
-    }
+    };
 }
 
-fn store_rows(comptime T: type, comptime dtype: abi.Dtype, args: *const StoreArgs) void {
+fn store_rows(comptime T: type, comptime dtype: abi.Dtype, args: *const StoreArgs) bool {
     const size = @sizeOf(Element(dtype));
     const stored_size = @sizeOf(T.Element);
     const dim = args.rows.dim;
+    var highest: Highest = .{};
     for (0..args.rows.count) |r| {
         args.rows.fetch(r + rows_ahead, dim * size, 3);
         const source = args.rows.row(r);
         const target = args.target + r * args.dim_stored * stored_size;
         var i: usize = 0;
         while (i + vec.lanes <= dim) : (i += vec.lanes) {
-            T.store(target + i * stored_size, convert(dtype, vec.lanes, source + i * size));
+            const x = convert(dtype, vec.lanes, source + i * size);
+            highest.see(x);
+            T.store(target + i * stored_size, x);
         }
         if (i == args.dim_stored) continue;
         var rest: [vec.lanes]f32 = @splat(0);
         for (i..dim) |k| rest[k - i] = convert(dtype, 1, source + k * size)[0];
+        highest.see(rest);
         T.store(target + i * stored_size, rest);
     }
+    return highest.within(args.limit);
 }
 
 inline fn round(comptime tail: abi.Format, comptime n: usize, x: @Vector(n, f32)) @Vector(n, f32) {
@@ -266,13 +295,15 @@ test "rows of every type are read, padded and checked" {
         .dim = 3,
     };
     const f16_tail = @backingInt(abi.Format.f16);
-    read(&.{
+    const args: ReadArgs = .{
         .rows = rows,
         .target = &target,
         .dim_stored = 16,
         .tail_format = f16_tail,
         .rotated = false,
-    });
+        .limit = 6,
+    };
+    try std.testing.expect(read(&args));
     try std.testing.expectEqualSlices(f32, &.{ 1, -2, 3, 0 }, target[0..4]);
     try std.testing.expectEqualSlices(f32, &.{ 4, 5, 6, 0 }, target[16..20]);
     try std.testing.expect(check(&.{ .rows = rows, .limit = 6 }));

@@ -1,5 +1,6 @@
 //! One step of attention: up to four query rows against up to 64 slots of a page. Called by
 //! block.zig, kernel by kernel; calls the kernel table.
+const std = @import("std");
 const accumulate_file = @import("accumulate.zig");
 const attend = @import("attend.zig");
 const Ahead = @import("ahead.zig").Ahead;
@@ -111,12 +112,13 @@ pub const Window = struct {
         target: [*]f32,
     ) [*]const u8 {
         const dim = half.dim_stored();
-        table.read(&.{
+        _ = table.read(&.{
             .rows = rows_file.of_half(half, from, count, dim),
             .target = target,
             .dim_stored = dim,
             .tail_format = @backingInt(format.Format.f32),
             .rotated = false,
+            .limit = std.math.inf(f32),
         });
         return @ptrCast(target);
     }

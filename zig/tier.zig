@@ -327,13 +327,19 @@ pub const Tier = struct {
         for (0..change.added) |i| {
             const row = change.take();
             // What an append fills to the last slot needs no zeros first.
-            const first = (change.first_page + change.kept + i) * tier.tokens_per_page;
-            const last = first + @min(tier.key.slots, tier.value.slots) - 1;
-            if (first < change.start or last >= change.end) row.zero(shape_of_rows);
+            const number = change.first_page + change.kept + i;
+            if (!tier.fills(change, number)) row.zero(shape_of_rows);
             table.rows.appendAssumeCapacity(row);
         }
         tier.first_page = change.first_page;
         tier.rows = table.live();
+    }
+
+    /// Whether a page lies within the bounds, to its last slot.
+    fn fills(tier: *const Tier, change: *const Change, number: u64) bool {
+        const first = number * tier.tokens_per_page;
+        const end = first + @min(tier.key.slots, tier.value.slots);
+        return first >= change.start and end <= change.end;
     }
 
     /// The slots up to the end are taken in every row from `first` on. A last row that nobody else
@@ -384,6 +390,28 @@ pub const Change = struct {
     /// Rows not in the tier, with room for those that it will give up.
     spare: []*Row = &.{},
     spare_len: usize = 0,
+    /// Of `spare`, so many have found their place.
+    taken: usize = 0,
+
+    /// The new rows of which an append from position `first` on fills every slot, as a tier of
+    /// their own: they may be written before the move, unseen.
+    pub fn filled(change: *const Change, tier: *const Tier, first: u64) ?Tier {
+        if (change.copies or change.spare_len == 0) return null;
+        const new = change.first_page + change.kept;
+        const per_page = tier.tokens_per_page;
+        const from = std.math.divCeil(u64, @max(first, change.start), per_page) catch unreachable;
+        const begin = @max(new, from);
+        var end = new + @min(change.spare_len, change.added);
+        while (end > begin and !tier.fills(change, end - 1)) end -= 1;
+        if (begin >= end) return null;
+        var rows = tier.*;
+        rows.first_page = begin;
+        rows.start = begin * per_page;
+        rows.end = end * per_page;
+        rows.table = null;
+        rows.rows = change.spare[@intCast(begin - new)..@intCast(end - new)];
+        return rows;
+    }
 
     fn front_of(change: *const Change, tier: *const Tier) []*Row {
         return tier.rows[0..change.front];
@@ -400,13 +428,14 @@ pub const Change = struct {
         change.spare_len += 1;
     }
 
+    /// New rows come first, in their order, then those that the tier has given up.
     fn take(change: *Change) *Row {
-        change.spare_len -= 1;
-        return change.spare[change.spare_len];
+        defer change.taken += 1;
+        return change.spare[change.taken];
     }
 
     fn free_spare(change: *Change, tier: *const Tier, gpa: Allocator, pool: *Pool) void {
-        for (change.spare[0..change.spare_len]) |row| row.release(gpa, pool, tier.shape());
+        for (change.spare[change.taken..change.spare_len]) |row| row.release(gpa, pool, tier.shape());
         gpa.free(change.spare);
     }
 };
