@@ -116,6 +116,29 @@ def test_append_refuses(core: Any, kind: str, name: str) -> None:
     assert len(cache) == 33
 
 
+@kinds
+@pytest.mark.parametrize("store", ["f16", "q8", "q4", "q4k"])
+@pytest.mark.parametrize("token", [0, 57, 58, 200, 299])
+def test_a_long_append_refuses(core: Any, kind: str, store: str, token: int) -> None:
+    """Wherever a bad number of a long append was to go, nothing is left of the others."""
+    pool = kvz.BufferPool(core=core)
+    fields = {"store_precision": store, "tail_length": 64, "migration_batch": 64}
+    cache = make(core, kind, pool=pool, num_kv_heads=8, head_dim=128, **fields)
+    keys, values = stream(cache.config, 300)
+    cache.append(keys[:70], values[:70])
+    held = pool.stats().bytes_in_use
+    bad = put(keys, (token, 5, 100), NAN), put(values, (token, 5, 100), 1e9)
+    where = f"token {token}, head 5, dim 100"
+    refused(cache, lambda: cache.append(*bad), ["keys", where], kvz.NotFiniteError)
+    words = ["values", where]
+    refused(cache, lambda: cache.append(keys, bad[1]), words, kvz.NotRepresentableError)
+    assert pool.stats().bytes_in_use == held
+    cache.append(keys, values)
+    other = make(core, kind, num_kv_heads=8, head_dim=128, **fields)
+    other.append(np.concatenate([keys[:70], keys]), np.concatenate([values[:70], values]))
+    assert cache.digest() == other.digest()
+
+
 @pytest.mark.parametrize(
     ("fields", "limit"),
     [

@@ -90,6 +90,33 @@ def test_a_thousand_appends_are_one(core: Any, kind: str, store: str) -> None:
             same_bits(got, wanted)
 
 
+@pytest.mark.parametrize("store", ["f32", "f16", "q8", "q4", "q4k"])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        *((kind, {}) for kind in KINDS),
+        *((kind, {"max_tokens": 250, "sink_tokens": 70}) for kind in KINDS),
+        ("two_tier", {"warm_length": 64}),
+    ],
+)
+def test_a_long_append_is_many_short_ones(
+    core: Any, kind: str, store: str, fields: dict[str, Any]
+) -> None:
+    """What goes into whole new pages at once has the bits of tokens that come in small numbers."""
+    fields = {"store_precision": store, "max_tokens": 900, "tail_length": 40, **fields}
+    long, short = (make(core, kind, num_kv_heads=8, head_dim=128, **fields) for _ in range(2))
+    keys, values = stream(long.config, 700)
+    for part in (slice(0, 70), slice(70, 400), slice(400, 700)):
+        long.append(keys[part], values[part])
+    for first in range(0, 700, 35):
+        short.append(keys[first : first + 35], values[first : first + 35])
+    assert long.digest() == short.digest()
+    for one in (long, short):
+        one.check()
+    query = queries(long.config, 3, 2)
+    same_bits(long.attend(query), short.attend(query))
+
+
 @kinds
 @pytest.mark.parametrize("store", ["f16", "q8", "q4", "q5k", "q2k"])
 @pytest.mark.parametrize("ratio", [1, 2, 3, 7])
