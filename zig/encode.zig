@@ -160,7 +160,8 @@ pub fn encode_token(
             for (0..row.len / format.group) |g| {
                 const a = vec.load(F, row.ptr + g * format.group);
                 const b = vec.load(F, row.ptr + g * format.group + vec.lanes);
-                const ranks = vec.fold_each(.outer, vec.Rank, 1, &.{vec.outer(vec.rank(a), vec.rank(b))});
+                const both = vec.outer(vec.rank(a), vec.rank(b));
+                const ranks = vec.fold_each(.outer, vec.Rank, 1, &.{both});
                 const scale = T.scale(vec.unrank(@splat(ranks[0])));
                 scales[g * format.page_tokens + slot] = scale[0];
                 const inverse = T.inverse(vec.from_f16(16, scale));

@@ -435,7 +435,8 @@ pub const Change = struct {
     }
 
     fn free_spare(change: *Change, tier: *const Tier, gpa: Allocator, pool: *Pool) void {
-        for (change.spare[change.taken..change.spare_len]) |row| row.release(gpa, pool, tier.shape());
+        const left = change.spare[change.taken..change.spare_len];
+        for (left) |row| row.release(gpa, pool, tier.shape());
         gpa.free(change.spare);
     }
 };

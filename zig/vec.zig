@@ -386,7 +386,9 @@ test "rounding is to nearest even, and the outermost value is the positive one o
     const expected = [_]i32{ 0, 2, 2, 0, -2, -2, 3, -8 };
     for (given, expected) |x, whole| try std.testing.expectEqual(whole, round_to_int(splat(x))[0]);
     const pairs = [_][3]f32{
-        .{ 1, -2, -2 }, .{ -1, 2, 2 }, .{ 3, -3, 3 }, .{ -3, 3, 3 }, .{ -4, -4, -4 }, .{ 0, -1e-40, -1e-40 },
+        .{ 1, -2, -2 },  .{ -1, 2, 2 },
+        .{ 3, -3, 3 },   .{ -3, 3, 3 },
+        .{ -4, -4, -4 }, .{ 0, -1e-40, -1e-40 },
     };
     for (pairs) |pair| {
         const found = unrank(outer(rank(splat(pair[0])), rank(splat(pair[1]))));
