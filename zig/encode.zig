@@ -53,12 +53,12 @@ fn encode_scales(
     scales: [*]u16,
 ) F {
     @setEvalBranchQuota(100_000); // everything below is unrolled
-    var ranks: [vec.lanes]vec.Rank = undefined;
+    var ranks: [vec.lanes]T.Rank = undefined;
     inline for (&ranks, 0..) |*rank, t| {
         const row = args.rows + (block * 16 + t) * args.dim + g * format.group;
-        rank.* = vec.outer(vec.rank(vec.load(F, row)), vec.rank(vec.load(F, row + vec.lanes)));
+        rank.* = T.outer(T.rank(vec.load(F, row)), T.rank(vec.load(F, row + vec.lanes)));
     }
-    const scale = T.scale(vec.unrank(vec.fold_each(.outer, vec.Rank, vec.lanes, &ranks)));
+    const scale = T.scale(T.unrank(vec.fold_each(T.outer_of, T.Rank, vec.lanes, &ranks)));
     vec.store(scales + g * format.page_tokens + block * 16, scale);
     return T.inverse(vec.from_f16(16, scale));
 }
@@ -160,9 +160,9 @@ pub fn encode_token(
             for (0..row.len / format.group) |g| {
                 const a = vec.load(F, row.ptr + g * format.group);
                 const b = vec.load(F, row.ptr + g * format.group + vec.lanes);
-                const both = vec.outer(vec.rank(a), vec.rank(b));
-                const ranks = vec.fold_each(.outer, vec.Rank, 1, &.{both});
-                const scale = T.scale(vec.unrank(@splat(ranks[0])));
+                const both = T.outer(T.rank(a), T.rank(b));
+                const ranks = vec.fold_each(T.outer_of, T.Rank, 1, &.{both});
+                const scale = T.scale(T.unrank(@splat(ranks[0])));
                 scales[g * format.page_tokens + slot] = scale[0];
                 const inverse = T.inverse(vec.from_f16(16, scale));
                 inline for (.{ a, b }, 0..) |x, h| {

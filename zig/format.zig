@@ -140,10 +140,24 @@ fn Integer(comptime code_bits: comptime_int) type {
             return vec.from_f16(1, .{vec.load(u16, scales + index * 2)})[0];
         }
 
-        /// The f16 scales of 16 groups whose outermost values are given, as bits; to q8 signs are
-        /// all the same.
-        pub inline fn scale(outermost: vec.F) @Vector(16, u16) {
-            const largest = if (bits == 8) @abs(outermost) else outermost;
+        /// A value in a form in which outer ones are quickly found. To q8 signs are all the same.
+        pub const Rank = if (bits == 8) vec.U else vec.Rank;
+        pub const outer_of: vec.Reduction = if (bits == 8) .max else .outer;
+
+        pub inline fn rank(x: vec.F) Rank {
+            return if (bits == 8) @bitCast(@abs(x)) else vec.rank(x);
+        }
+
+        pub inline fn outer(a: Rank, b: Rank) Rank {
+            return if (bits == 8) @max(a, b) else vec.outer(a, b);
+        }
+
+        pub inline fn unrank(ranks: Rank) vec.F {
+            return if (bits == 8) @bitCast(ranks) else vec.unrank(ranks);
+        }
+
+        /// The f16 scales of 16 groups whose outermost values are given, as bits.
+        pub inline fn scale(largest: vec.F) @Vector(16, u16) {
             const exact = if (bits == 8)
                 largest / vec.splat(127)
             else
