@@ -4,9 +4,11 @@ const std = @import("std");
 const encode = @import("encode.zig");
 const format = @import("format.zig");
 const k_format = @import("k_format.zig");
+const narrow = @import("narrow.zig");
 const vec = @import("vec.zig");
 const F = vec.F;
 const U = vec.U;
+const Spread = @import("rows.zig").Spread;
 const Side = format.Side;
 
 pub fn encode_page(comptime T: type, comptime side: Side, args: *const encode.PageArgs) void {
@@ -16,13 +18,7 @@ pub fn encode_page(comptime T: type, comptime side: Side, args: *const encode.Pa
     var ahead = args.ahead.over(groups * format.blocks_per_page);
     for (0..groups) |g| {
         var inverses: [format.page_tokens]f32 = undefined;
-        for (0..format.blocks_per_page) |block| {
-            ahead.turn();
-            const at = g * format.page_tokens + block * vec.lanes;
-            const fitted = fit_block(T, args.rows + block * vec.lanes * args.dim, args.dim, g);
-            vec.store(scales + at, @as(@Vector(16, u8), @truncate(fitted.bytes)));
-            vec.store(@as([*]f32, &inverses) + block * vec.lanes, fitted.inverses);
-        }
+        fit_group(T, args, g, scales + g * format.page_tokens, &inverses, &ahead);
         if (side == .key)
             key_words(T, args, g, &inverses, &words)
         else
@@ -37,36 +33,87 @@ inline fn load_group(rows: [*]const f32, dim: usize, slot: usize, g: usize) [2]F
     return .{ vec.load(F, row), vec.load(F, row + vec.lanes) };
 }
 
-const Fitted = struct { bytes: U, inverses: F };
+/// Finds the scales of a group, and the inverses of what they stand for. Each step is taken for all
+/// blocks of 16 tokens before the next: what is found for a block takes long to come out of the
+/// processor, which has the other blocks to do meanwhile.
+fn fit_group(
+    comptime T: type,
+    args: *const encode.PageArgs,
+    g: usize,
+    scales: [*]u8,
+    inverses: *[format.page_tokens]f32,
+    ahead: *Spread,
+) void {
+    var largest: [format.blocks_per_page]F = undefined;
+    var first: [format.blocks_per_page][vec.lanes]f32 = undefined;
+    for (&largest, &first, 0..) |*of_block, *inverse, block| {
+        ahead.turn();
+        of_block.* = find_largest(args, g, block);
+        inverse.* = T.first_inverse(of_block.*);
+    }
+    var bytes: [format.blocks_per_page][2]U = undefined;
+    for (&bytes, &first, 0..) |*around, *inverse, block| {
+        around.* = T.bytes_around(fit(T, args, g, block, inverse));
+    }
+    var errors: [format.blocks_per_page][2]F = undefined;
+    for (&errors, bytes, 0..) |*pair, around, block| for (pair, around) |*summed, tried| {
+        summed.* = sum_errors(T, args, g, block, tried);
+    };
+    for (largest, bytes, errors, 0..) |most, around, pair, block| {
+        const chosen, const inverse = T.choose(most, around, pair);
+        const at = block * vec.lanes;
+        vec.store(scales + at, @as(@Vector(16, u8), @truncate(chosen)));
+        vec.store(@as([*]f32, inverses) + at, inverse);
+    }
+}
 
-/// Scales of a group of 16 tokens, in a lane each.
-fn fit_block(comptime T: type, rows: [*]const f32, dim: usize, g: usize) Fitted {
-    @setEvalBranchQuota(100_000); // the shuffles of the folds
+/// The largest magnitudes of 16 tokens' groups, in a lane each.
+fn find_largest(args: *const encode.PageArgs, g: usize, block: usize) F {
+    @setEvalBranchQuota(100_000); // the shuffles of the fold
     var parts: [vec.lanes]F = undefined;
     for (&parts, 0..) |*part, t| {
-        const x = load_group(rows, dim, t, g);
+        const x = load_group(args.rows, args.dim, block * vec.lanes + t, g);
         part.* = vec.max(@abs(x[0]), @abs(x[1]));
     }
-    const largest = vec.fold_each(.max, F, vec.lanes, &parts);
-    const first: [vec.lanes]f32 = T.first_inverse(largest);
+    return vec.fold_each(.max, F, vec.lanes, &parts);
+}
+
+/// The scales whose levels, as a first scale has chosen them, are nearest by least squares.
+fn fit(
+    comptime T: type,
+    args: *const encode.PageArgs,
+    g: usize,
+    block: usize,
+    inverses: *const [vec.lanes]f32,
+) F {
+    @setEvalBranchQuota(100_000); // the shuffles of the folds
+    var parts: [vec.lanes]F = undefined;
     var squares: [vec.lanes]F = undefined;
-    for (&parts, &squares, first, 0..) |*part, *square, inverse, t| {
-        part.*, square.* = match(T, load_group(rows, dim, t, g), inverse);
+    for (&parts, &squares, inverses, 0..) |*part, *square, inverse, t| {
+        const x = load_group(args.rows, args.dim, block * vec.lanes + t, g);
+        part.*, square.* = match(T, x, inverse);
     }
     const products = vec.fold_each(.add, F, vec.lanes, &parts);
-    const fitted = products / vec.fold_each(.add, F, vec.lanes, &squares);
-    const bytes = T.bytes_around(fitted);
-    var errors: [2]F = undefined;
-    for (bytes, &errors) |tried, *summed| {
-        const scales: [vec.lanes]f32 = T.scale_of_bytes(tried);
-        const inverses: [vec.lanes]f32 = T.inverse_of(tried);
-        for (&parts, scales, inverses, 0..) |*part, scale, inverse, t| {
-            part.* = square_error(T, load_group(rows, dim, t, g), scale, inverse);
-        }
-        summed.* = vec.fold_each(.add, F, vec.lanes, &parts);
+    return products / vec.fold_each(.add, F, vec.lanes, &squares);
+}
+
+/// The square errors that scales leave.
+fn sum_errors(
+    comptime T: type,
+    args: *const encode.PageArgs,
+    g: usize,
+    block: usize,
+    bytes: U,
+) F {
+    @setEvalBranchQuota(100_000); // the shuffles of the fold
+    const scales: [vec.lanes]f32 = T.scale_of_bytes(bytes);
+    const inverses: [vec.lanes]f32 = T.inverse_of(bytes);
+    var parts: [vec.lanes]F = undefined;
+    for (&parts, scales, inverses, 0..) |*part, scale, inverse, t| {
+        const x = load_group(args.rows, args.dim, block * vec.lanes + t, g);
+        part.* = square_error(T, x, scale, inverse);
     }
-    const chosen, const inverses = T.choose(largest, bytes, errors);
-    return .{ .bytes = chosen, .inverses = inverses };
+    return vec.fold_each(.add, F, vec.lanes, &parts);
 }
 
 /// Products of values with their levels, and squares of the levels, of both halves together.
@@ -85,7 +132,21 @@ inline fn square_error(comptime T: type, x: [2]F, scale: f32, inverse: f32) F {
     return squares[0] + squares[1];
 }
 
-/// Four tokens at a time: 16 dims of each become four words, transposed to (chunk, slot).
+/// Codes of 16 values of four tokens: in each quarter four bytes of every token.
+inline fn encode_four(
+    comptime T: type,
+    rows: [*]const f32,
+    stride: usize,
+    inverses: [4]f32,
+) narrow.Bytes {
+    var codes: [4]vec.I = undefined;
+    inline for (&codes, 0..) |*of_token, k| {
+        of_token.* = T.encode(vec.load(F, rows + k * stride), vec.splat(inverses[k]));
+    }
+    return @bitCast(narrow.to_bytes(&codes));
+}
+
+/// Sixteen tokens at a time: 16 dims of each become four words, transposed to (chunk, slot).
 fn key_words(
     comptime T: type,
     args: *const encode.PageArgs,
@@ -93,22 +154,16 @@ fn key_words(
     inverses: *const [format.page_tokens]f32,
     words: [*]u32,
 ) void {
-    var slot: usize = 0;
-    while (slot < format.page_tokens) : (slot += 4) inline for (0..2) |h| {
-        var four: [4]@Vector(4, u32) = undefined;
-        inline for (&four, 0..) |*word, t| {
-            const x = load_group(args.rows, args.dim, slot + t, g)[h];
-            const codes = T.encode(x, vec.splat(inverses[slot + t]));
-            word.* = @bitCast(@as(@Vector(16, u8), @truncate(codes)));
+    for (0..format.blocks_per_page) |block| inline for (0..2) |h| {
+        var of_tokens: [4]narrow.Bytes = undefined;
+        inline for (&of_tokens, 0..) |*four, k| {
+            const slot = block * format.block_slots + k * 4;
+            const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
+            four.* = encode_four(T, rows, args.dim, inverses[slot..][0..4].*);
         }
-        const joined = std.simd.join(
-            std.simd.join(four[0], four[1]),
-            std.simd.join(four[2], four[3]),
-        );
-        inline for (0..4) |chunk| {
-            const of_chunk = [4]i32{ chunk, chunk + 4, chunk + 8, chunk + 12 };
-            const target = words + (h * 4 + chunk) * format.page_tokens + slot;
-            vec.store(target, @as(@Vector(4, u32), @shuffle(u32, joined, undefined, of_chunk)));
+        for (narrow.transpose_vectors(&of_tokens), 0..) |of_chunk, chunk| {
+            const first = (h * 4 + chunk) * format.page_tokens + block * format.block_slots;
+            vec.store(words + first, of_chunk);
         }
     };
 }
@@ -122,13 +177,11 @@ fn value_words(
     words: [*]u32,
 ) void {
     for (0..format.block_slots) |quad| inline for (0..2) |h| {
-        var word: U = @splat(0);
-        inline for (0..4) |k| {
-            const slot = quad + format.block_slots * k;
-            const x = load_group(args.rows, args.dim, slot, g)[h];
-            word |= T.encode(x, vec.splat(inverses[slot])) << @splat(8 * k);
-        }
-        vec.store(words + quad * format.group + h * vec.lanes, word);
+        const rows = args.rows + quad * args.dim + g * format.group + h * vec.lanes;
+        var of_slots: [4]f32 = undefined;
+        inline for (&of_slots, 0..) |*x, k| x.* = inverses[quad + format.block_slots * k];
+        const four = encode_four(T, rows, format.block_slots * args.dim, of_slots);
+        vec.store(words + quad * format.group + h * vec.lanes, narrow.transpose_quarters(four));
     };
 }
 
@@ -157,10 +210,10 @@ pub fn encode_token(
         const chosen, const inverse = T.choose(largest, bytes, errors);
         scales[g * format.page_tokens + slot] = @truncate(chosen[0]);
         inline for (x, 0..) |part, h| {
-            const codes: [vec.lanes]u32 = T.encode(part, inverse);
+            const codes: [vec.lanes]i32 = T.encode(part, inverse);
             for (codes, 0..) |code, i| {
                 const dim = g * format.group + h * vec.lanes + i;
-                T.set(side, base, slot, dim, @truncate(code));
+                T.set(side, base, slot, dim, @intCast(code));
             }
         }
     }
