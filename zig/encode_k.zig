@@ -219,25 +219,39 @@ pub fn encode_token(
     }
 }
 
-/// The offset of a page's keys: about the mean of `count` rows, added in their order. See
+/// Rows of keys (count, dim) and the offset of their page (dim).
+pub const OffsetArgs = extern struct {
+    rows: [*]f32,
+    count: usize,
+    dim: usize,
+    offsets: [*]u8,
+};
+
+/// The offset of a page's keys: about the mean of the rows, added in their order. See
 /// `k_format.to_offset`.
-pub fn store_offsets(rows: [*]const f32, count: usize, dim: usize, offsets: [*]u8) void {
-    const share: f32 = 1.0 / @as(f32, @floatFromInt(count));
+pub fn store_offsets(args: *const OffsetArgs) void {
+    const share: f32 = 1.0 / @as(f32, @floatFromInt(args.count));
     var d: usize = 0;
-    while (d < dim) : (d += vec.lanes) {
-        var total = vec.splat(0);
-        for (0..count) |i| total += vec.load(F, rows + i * dim + d);
-        vec.store(offsets + d, k_format.to_offset(total * vec.splat(share)));
+    while (d < args.dim) : (d += format.group) {
+        var total: [2]F = @splat(vec.splat(0));
+        for (0..args.count) |i| {
+            const row = args.rows + i * args.dim + d;
+            inline for (&total, 0..) |*sum, h| sum.* += vec.load(F, row + h * vec.lanes);
+        }
+        inline for (total, 0..) |sum, h| {
+            const offsets = k_format.to_offset(sum * vec.splat(share));
+            vec.store(args.offsets + d + h * vec.lanes, offsets);
+        }
     }
 }
 
 /// Makes rows relative to the offset of their page.
-pub fn subtract_offsets(rows: [*]f32, count: usize, dim: usize, offsets: [*]const u8) void {
+pub fn subtract_offsets(args: *const OffsetArgs) void {
     var d: usize = 0;
-    while (d < dim) : (d += vec.lanes) {
-        const offset = k_format.from_offset(vec.load(@Vector(16, u8), offsets + d));
-        for (0..count) |i| {
-            const at = rows + i * dim + d;
+    while (d < args.dim) : (d += vec.lanes) {
+        const offset = k_format.from_offset(vec.load(@Vector(16, u8), args.offsets + d));
+        for (0..args.count) |i| {
+            const at = args.rows + i * args.dim + d;
             vec.store(at, vec.load(F, at) - offset);
         }
     }

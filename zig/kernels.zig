@@ -8,6 +8,7 @@ const score = @import("score.zig");
 const softmax = @import("softmax.zig");
 const accumulate = @import("accumulate.zig");
 const encode = @import("encode.zig");
+const encode_k = @import("encode_k.zig");
 const rotate = @import("rotate.zig");
 const rows_file = @import("rows.zig");
 const tile = @import("tile.zig");
@@ -35,6 +36,8 @@ pub const Table = extern struct {
     /// Quantized formats only.
     encode_keys: [format.count]?PageFn,
     encode_values: [format.count]?PageFn,
+    store_offsets: *const fn (*const encode_k.OffsetArgs) callconv(.c) void,
+    subtract_offsets: *const fn (*const encode_k.OffsetArgs) callconv(.c) void,
     /// Floating-point formats only.
     store: [format.count]?StoreFn,
     rotate: *const fn ([*]f32, usize) callconv(.c) void,
@@ -51,6 +54,8 @@ fn fill() Table {
     t.add_mass = &adapt(softmax.MassArgs, softmax.add_mass).call;
     t.score_rows = &adapt(tile.ScoreArgs, tile.score_rows).call;
     t.accumulate_rows = &adapt(tile.ValuesArgs, tile.accumulate_rows).call;
+    t.store_offsets = &adapt(encode_k.OffsetArgs, encode_k.store_offsets).call;
+    t.subtract_offsets = &adapt(encode_k.OffsetArgs, encode_k.subtract_offsets).call;
     t.rotate = &rotate_row;
     t.check = &check_rows;
     t.read = &read_rows;

@@ -27,9 +27,18 @@ pub fn decode(
 }
 
 /// Gives a page the offset that suits `count` rows, if the half has one.
-pub fn set_offsets(half: Half, base: [*]u8, count: usize, rows: [*]const f32) void {
+pub fn set_offsets(half: Half, base: [*]u8, count: usize, rows: [*]f32) void {
     if (!half.centred) return;
-    encode_k.store_offsets(rows, count, half.dim_stored(), @constCast(half.offsets(base)));
+    dispatch.table().store_offsets(&offset_args(half, base, count, rows));
+}
+
+fn offset_args(half: Half, base: [*]u8, count: usize, rows: [*]f32) encode_k.OffsetArgs {
+    return .{
+        .rows = rows,
+        .count = count,
+        .dim = half.dim_stored(),
+        .offsets = @constCast(half.offsets(base)),
+    };
 }
 
 /// Packs `count` rows (count, stored dim) into the slots from `slot` on of a page which has its
@@ -56,9 +65,9 @@ pub fn encode_and_fetch(
     ahead: Next,
 ) void {
     const dim = half.dim_stored();
-    if (half.centred) encode_k.subtract_offsets(rows, count, dim, half.offsets(base));
+    const table = dispatch.table();
+    if (half.centred) table.subtract_offsets(&offset_args(half, base, count, rows));
     if (half.quantized() and count == format.page_tokens) {
-        const table = dispatch.table();
         const f = @backingInt(half.format);
         const encoder = if (side == .key) table.encode_keys[f] else table.encode_values[f];
         return encoder.?(&.{ .half = base, .rows = rows, .dim = dim, .ahead = ahead });
