@@ -1,5 +1,6 @@
 //! Appends, in two steps: `reserve` checks the input and gets everything that can be refused, and
-//! `commit` writes. So one append, or one of many caches at once, happens wholly or not at all.
+//! `commit` writes; new pages, which nobody sees before, `reserve` may write. So one append, or one
+//! of many caches at once, happens wholly or not at all.
 //! Called by cache.zig and abi_sequence.zig; calls tier.zig and fill.zig.
 const std = @import("std");
 const cache_file = @import("cache.zig");
