@@ -113,29 +113,27 @@ const Job = struct {
             };
             const page = tier.page_at(number, head);
             position += run.count;
-            const values: Next = .{
-                .rows = job.input_rows(.value, run.position, run.count, head),
-                .target = lines_of(tier.value, tier.values_of(page)),
-            };
+            // Only what is packed as a whole page has time for this.
+            const whole = run.count == format.page_tokens;
+            const values = if (whole) job.next(.value, run.position, head) else Next.none;
             job.fill_half(.key, tier.key, tier.keys_of(page), run, rows, values);
-            const keys = job.keys_after(position, head);
+            const more = whole and job.end - position >= format.page_tokens;
+            const keys = if (more) job.next(.key, position, head) else Next.none;
             job.fill_half(.value, tier.value, tier.values_of(page), run, rows, keys);
         }
     }
 
-    /// The keys of the next run, if they fill a page.
-    fn keys_after(job: *Job, position: u64, head: u32) Next {
-        if (job.end - position < format.page_tokens) return .none;
+    /// What fills a half of the page from `position` on, and where.
+    fn next(job: *const Job, comptime side: Side, position: u64, head: u32) Next {
+        const half = job.tier.half(side);
         const number = position / job.tier.tokens_per_page;
         return .{
-            .rows = job.input_rows(.key, position, format.page_tokens, head),
-            .target = lines_of(job.tier.key, job.tier.half_at(.key, number, head)),
+            .rows = job.input_rows(side, position, format.page_tokens, head),
+            .target = if (half.quantized())
+                .of(job.tier.half_at(side, number, head)[0..half.bytes()])
+            else
+                .none,
         };
-    }
-
-    /// The cache lines of a half that is packed next.
-    fn lines_of(half: Half, base: [*]const u8) Ahead {
-        return if (half.quantized()) .of(base[0..half.bytes()]) else .none;
     }
 
     /// Slots from `slot` to the end of its window of 64.
@@ -291,7 +289,7 @@ const Job = struct {
 
     /// The caller's rows of a run; none if some of its tokens come from the tail.
     fn input_rows(
-        job: *Job,
+        job: *const Job,
         comptime side: Side,
         position: u64,
         count: usize,
