@@ -46,7 +46,8 @@ pub const Append = struct {
 
     pub fn reserve(cache: *Cache, keys: Input, values: Input, tokens: u64) Error!Append {
         try check_count(cache, tokens);
-        const long = value_count(cache, tokens) >= threads.parallel_values_min;
+        const count = value_count(cache, tokens);
+        const long = count >= threads.parallel_values_min;
         if (!long) try check_values(cache, keys, values, tokens);
         var after = cache.plan(tokens);
         const window = try evict.after_append(cache, tokens, after.begin);
@@ -72,7 +73,6 @@ pub const Append = struct {
             break;
         }
         errdefer append.cancel_changes(append.changes.len);
-        const count = value_count(cache, tokens);
         append.workspace = try .init(cache.rows, count, cache.config.num_kv_heads);
         errdefer append.workspace.deinit();
         if (long) try append.write_ahead();
@@ -206,8 +206,9 @@ pub const Append = struct {
         const start = @max(first, tier.start);
         const before = @min(append.ahead[0], tier.end);
         const after = @max(append.ahead[1], start);
-        _ = fill(tier, start, before, from, through, &append.workspace);
-        _ = fill(tier, after, tier.end, from, through, &append.workspace);
+        const workspace = &append.workspace;
+        if (start < before) _ = fill(tier, start, before, from, through, workspace);
+        if (after < tier.end) _ = fill(tier, after, tier.end, from, through, workspace);
     }
 
     fn move(append: *Append, name: cache_file.TierName) void {
