@@ -1,7 +1,7 @@
 //! Software prefetch, spread evenly over a kernel's work. While one page is computed, the next one
 //! is on its way from memory; asked for in bursts it would wait in the processor's few line-fill
 //! buffers. It comes into the second-level cache: two pages do not fit the first.
-//! Used by score.zig, accumulate.zig and tile.zig (step.zig says what to fetch) and by rows.zig.
+//! Used by score.zig, accumulate.zig and tile.zig (window.zig says what to fetch) and by rows.zig.
 const builtin = @import("builtin");
 
 pub const line_bytes = 64;

@@ -22,8 +22,11 @@ const Cache = cache_file.Cache;
 const Error = request_file.Error;
 const Request = request_file.Request;
 const State = @import("state.zig").State;
-const Window = @import("step.zig").Window;
 const Tier = @import("tier.zig").Tier;
+const window_file = @import("window.zig");
+const Place = window_file.Place;
+const Route = window_file.Route;
+const Window = window_file.Window;
 
 /// Positions of a chunk: small enough to share among threads, large enough that merging costs
 /// nothing.
@@ -166,6 +169,7 @@ pub const Job = struct {
         const lane = job.lanes.take();
         defer job.lanes.give(lane);
         var work: Work = .init(job, index / job.units, job.lanes.memory(lane));
+        work.next_task = index + job.lanes.count;
         work.prepare_rows(job.cache.run(unit.run));
         work.run_unit(unit, job.partial(index));
     }
@@ -187,6 +191,7 @@ pub const Job = struct {
         const lane = job.lanes.take();
         defer job.lanes.give(lane);
         var work: Work = .init(job, index, job.lanes.memory(lane));
+        work.next_task = index + job.lanes.count;
         work.fold(.computed);
     }
 
@@ -247,6 +252,8 @@ pub const Work = struct {
     /// Room for a window of f32 keys and values; none where there are few rows.
     unpacked: []align(64) f32,
     mass: ?[*]f32 = null,
+    /// What this thread takes up next, if tasks take equal times.
+    next_task: usize = std.math.maxInt(usize),
 
     fn init(job: *Job, task: usize, lane: []align(64) f32) Work {
         const block = task % job.blocks;
@@ -398,6 +405,29 @@ pub const Work = struct {
         return if (work.job.split) unit.end else work.job.cache.run(unit.run).end;
     }
 
+    /// Where this thread goes on after that: in the next tier, or with its next task.
+    fn place_after(work: *const Work, unit: Unit) ?Place {
+        const job = work.job;
+        if (job.blocks > 1) return null; // the same page again, from a near cache
+        if (job.split) {
+            if (work.next_task >= job.tasks()) return null;
+            const unit_after = job.unit_at(work.next_task % job.units);
+            return work.place_of(unit_after, work.next_task / job.units);
+        }
+        for (unit.run + 1..job.cache.run_count()) |run| {
+            if (unit_count(job.cache.run(run)) == 0) continue;
+            return work.place_of(job.unit_of(run, 0), work.head);
+        }
+        if (work.next_task >= job.tasks()) return null;
+        return work.place_of(job.unit_at(0), work.next_task);
+    }
+
+    fn place_of(work: *const Work, unit: Unit, head: usize) ?Place {
+        const range = work.seen(unit);
+        if (range.start >= range.end) return null;
+        return .{ .tier = work.job.cache.run(unit.run), .position = range.start, .head = head };
+    }
+
     fn run_unit(work: *Work, unit: Unit, state: State) void {
         const mine = state.first_rows(work.rows);
         mine.reset();
@@ -424,11 +454,12 @@ pub const Work = struct {
         const tier = work.job.cache.run(unit.run);
         const range = work.seen(unit);
         defer spill.leave(tier, range.start, range.end, work.head);
-        const read_end = work.ahead_end(unit);
+        const after = work.place_after(unit);
+        const route: Route = .init(tier, work.head, work.ahead_end(unit), after);
         var block: Block = undefined;
         var position = range.start;
         while (position < range.end) {
-            var window: Window = .init(tier, position, range.end, read_end, work.head);
+            var window: Window = .init(&route, position, range.end);
             if (work.unpacked.len > 0) window.unpack(work.job.table, tier, work.unpacked);
             var row: usize = 0;
             while (row < work.rows) : (row += block_file.rows_max) {
@@ -454,9 +485,7 @@ pub const Work = struct {
                 // Lower ones are no tokens at all; -inf turns a sink off.
                 if (logit > softmax.hidden / 10) work.total.add_sink(r, logit);
             }
-            const sum = work.total.total(r);
-            const inverse = if (sum > 0) 1 / sum else 0;
-            normalize(work.total.outputs.ptr + r * work.total.dim, inverse, work.output_row(r));
+            work.total.write(r, work.output_row(r));
             if (lse) |l| l[work.request_row(r)] = work.total.log_sum_exp(r);
         }
     }
@@ -468,14 +497,4 @@ const rows_ahead = 4;
 fn fetch(row: []const f32) void {
     var i: usize = 0;
     while (i < row.len) : (i += 16) @prefetch(row.ptr + i, .{});
-}
-
-fn normalize(outputs: [*]const f32, inverse: f32, out: []f32) void {
-    // Adding zero turns a negative zero into zero, whichever way it arose.
-    var i: usize = 0;
-    while (i + vec.lanes <= out.len) : (i += vec.lanes) {
-        const x = vec.load(vec.F, outputs + i) * vec.splat(inverse);
-        vec.store(out.ptr + i, x + vec.splat(0));
-    }
-    while (i < out.len) : (i += 1) out[i] = outputs[i] * inverse + 0;
 }

@@ -5,11 +5,10 @@ const accumulate_file = @import("accumulate.zig");
 const attend = @import("attend.zig");
 const format = @import("format.zig");
 const score = @import("score.zig");
-const step_file = @import("step.zig");
 const State = @import("state.zig").State;
-const Step = step_file.Step;
+const Step = @import("step.zig").Step;
 const Tier = @import("tier.zig").Tier;
-const Window = step_file.Window;
+const Window = @import("window.zig").Window;
 
 pub const rows_max = 64;
 const steps_max = rows_max / score.rows_max;

@@ -78,4 +78,5 @@ test {
     _ = @import("tier_test.zig");
     _ = @import("tile.zig");
     _ = @import("vec.zig");
+    _ = @import("window.zig");
 }

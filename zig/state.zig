@@ -106,6 +106,20 @@ pub const State = struct {
         return vec.reduce(.add, vec.load(F, state.sums.ptr + r * vec.lanes));
     }
 
+    /// The normalised outputs of row `r`.
+    pub fn write(state: State, r: usize, out: []f32) void {
+        const sum = state.total(r);
+        const inverse = if (sum > 0) 1 / sum else 0;
+        const outputs = state.outputs.ptr + r * state.dim;
+        // Adding zero turns a negative zero into zero, whichever way it arose.
+        var i: usize = 0;
+        while (i + vec.lanes <= out.len) : (i += vec.lanes) {
+            const x = vec.load(F, outputs + i) * vec.splat(inverse);
+            vec.store(out.ptr + i, x + vec.splat(0));
+        }
+        while (i < out.len) : (i += 1) out[i] = outputs[i] * inverse + 0;
+    }
+
     /// Natural logarithm of the sum of exponentials of row `r`.
     pub fn log_sum_exp(state: State, r: usize) f32 {
         const sum = state.total(r);

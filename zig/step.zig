@@ -1,172 +1,17 @@
 //! One step of attention: up to four query rows against up to 64 slots of a page. Called by
 //! block.zig, kernel by kernel; calls the kernel table.
-const std = @import("std");
 const accumulate_file = @import("accumulate.zig");
 const attend = @import("attend.zig");
 const Ahead = @import("ahead.zig").Ahead;
 const format = @import("format.zig");
-const rows_file = @import("rows.zig");
 const score = @import("score.zig");
 const softmax = @import("softmax.zig");
 const vec = @import("vec.zig");
 const State = @import("state.zig").State;
-const Table = @import("kernels.zig").Table;
 const Tier = @import("tier.zig").Tier;
 const Unit = attend.Unit;
+const Window = @import("window.zig").Window;
 const Work = attend.Work;
-
-const line_bytes = 64;
-/// What is fetched lies a page ahead, or two if pages are smaller than this: memory that all
-/// threads read at once takes longer to answer than a small page to compute.
-const bytes_ahead_min = 16 << 10;
-/// Nanoseconds of a kernel on a page of four rows by 128 dimensions, in the order of `format.all`:
-/// how the lines to fetch are shared out. Only ratios matter, and only for speed.
-const score_cost = [format.count]usize{ 830, 1020, 1020, 385, 210, 230, 265, 260, 360, 320 };
-const update_cost = 110;
-const accumulate_cost = [format.count]usize{ 735, 955, 955, 425, 310, 300, 330, 335, 545, 535 };
-
-/// Up to 64 slots of one page that kernels take at once.
-pub const Window = struct {
-    keys: [*]const u8,
-    values: [*]const u8,
-    /// For kernels that take many rows of floating-point numbers: keys laid out for them, values
-    /// as f32.
-    keys_for_many: ?[*]align(64) const f32,
-    values_for_many: ?[*]const u8,
-    /// What the kernels should fetch meanwhile: all of the window that comes next.
-    ahead_of_score: Ahead,
-    ahead_of_update: Ahead,
-    ahead_of_accumulate: Ahead,
-    /// Position of slot 0.
-    base: u64,
-    /// Position after the last slot in use.
-    end: u64,
-
-    /// The window at `position`, cut at `end`. What lies before `ahead_end` is worth fetching.
-    pub fn init(
-        tier: *const Tier,
-        position: u64,
-        end: u64,
-        ahead_end: u64,
-        head: usize,
-    ) Window {
-        const at = locate(tier, position, head);
-        const number = position / tier.tokens_per_page;
-        const page_end = (number + 1) * tier.tokens_per_page;
-        const window_end = @min(end, page_end, at.base + format.page_tokens);
-        var window: Window = .{
-            .keys = at.keys,
-            .values = at.values,
-            .keys_for_many = null,
-            .values_for_many = null,
-            .ahead_of_score = .{ .at = at.keys, .lines = 0 },
-            .ahead_of_update = .{ .at = at.values, .lines = 0 },
-            .ahead_of_accumulate = .{ .at = at.values, .lines = 0 },
-            .base = at.base,
-            .end = window_end,
-        };
-        const windows: u64 = if (tier.page_bytes() < bytes_ahead_min) 2 else 1;
-        const next = at.base + windows * @min(format.page_tokens, tier.tokens_per_page);
-        if (next < ahead_end) window.look_ahead(tier, locate(tier, next, head));
-        return window;
-    }
-
-    /// Makes floating-point keys and values what kernels for many rows read, which changes no bit
-    /// of what is computed. `memory` has room for 64 rows of keys, then 64 of values, as stored.
-    pub fn unpack(
-        window: *Window,
-        table: *const Table,
-        tier: *const Tier,
-        memory: []align(64) f32,
-    ) void {
-        const slots: usize = @intCast(window.end - window.base);
-        const key_dim = tier.key.dim_stored();
-        if (table.lay_out_keys[@backingInt(tier.key.format)]) |lay_out_keys| {
-            lay_out_keys(&.{
-                .keys = window.keys,
-                .dim = key_dim,
-                .blocks = (slots + format.block_slots - 1) / format.block_slots,
-                .ahead = window.ahead_of_score,
-                .target = memory.ptr,
-            });
-            window.keys_for_many = memory.ptr;
-        }
-        window.values_for_many = switch (tier.value.format) {
-            .f32 => window.values,
-            .f16, .bf16 => unpack_values(
-                table,
-                tier.value,
-                window.values,
-                slots,
-                memory[format.page_tokens * key_dim ..].ptr,
-            ),
-            else => null,
-        };
-    }
-
-    fn unpack_values(
-        table: *const Table,
-        half: format.Half,
-        from: [*]const u8,
-        count: usize,
-        target: [*]f32,
-    ) [*]const u8 {
-        const dim = half.dim_stored();
-        _ = table.read(&.{
-            .rows = rows_file.of_half(half, from, count, dim),
-            .target = target,
-            .dim_stored = dim,
-            .tail_format = @backingInt(format.Format.f32),
-            .rotated = false,
-            .limit = std.math.inf(f32),
-        });
-        return @ptrCast(target);
-    }
-
-    fn look_ahead(window: *Window, tier: *const Tier, next: Location) void {
-        // Otherwise the window's keys and values are not one run.
-        const whole = tier.tokens_per_page <= format.page_tokens;
-        const left = tier.tokens_per_page - next.base % tier.tokens_per_page;
-        const rows: usize = @intCast(@min(format.page_tokens, left));
-        const key_lines = window_lines(tier.key, whole, rows);
-        const lines = key_lines + window_lines(tier.value, whole, rows);
-        const key_cost = score_cost[@backingInt(tier.key.format)];
-        const value_cost = accumulate_cost[@backingInt(tier.value.format)];
-        const cost = key_cost + update_cost + value_cost;
-        const first = if (whole) lines * key_cost / cost else key_lines;
-        const second = @min(lines * update_cost / cost, lines - first);
-        const rest = if (whole) next.keys + first * line_bytes else next.values;
-        window.ahead_of_score = .{ .at = next.keys, .lines = first };
-        window.ahead_of_update = .{ .at = rest, .lines = second };
-        window.ahead_of_accumulate = .{
-            .at = rest + second * line_bytes,
-            .lines = lines - first - second,
-        };
-    }
-
-    fn window_lines(half: format.Half, whole: bool, rows: usize) usize {
-        return (if (whole) half.bytes() else rows * half.row_bytes()) / line_bytes;
-    }
-
-    const Location = struct { keys: [*]const u8, values: [*]const u8, base: u64 };
-
-    fn locate(tier: *const Tier, position: u64, head: usize) Location {
-        const number = position / tier.tokens_per_page;
-        const page = tier.page_at(number, head);
-        const slot: usize = @intCast(position % tier.tokens_per_page);
-        const first = slot / format.page_tokens * format.page_tokens;
-        return .{
-            .keys = tier.keys_of(page) + rows_before(tier.key, first),
-            .values = tier.values_of(page) + rows_before(tier.value, first),
-            .base = number * tier.tokens_per_page + first,
-        };
-    }
-};
-
-/// Bytes before slot `first`. Only floating-point pages have more than one window.
-fn rows_before(half: format.Half, first: usize) usize {
-    return if (first == 0) 0 else first * half.row_bytes();
-}
 
 /// Up to four query rows against one window.
 pub const Step = struct {
