@@ -4,7 +4,9 @@ const Ahead = @import("ahead.zig").Ahead;
 const Half = @import("format.zig").Half;
 const Pool = @import("pool.zig").Pool;
 const Tier = @import("tier.zig").Tier;
-const Window = @import("step.zig").Window;
+const window_file = @import("window.zig");
+const Route = window_file.Route;
+const Window = window_file.Window;
 
 /// Moves the bounds at once, for tests.
 fn move(tier: *Tier, pool: *Pool, start: u64, end: u64) !void {
@@ -69,12 +71,13 @@ test "what a window fetches ahead lies within one half of one page" {
     defer tier.deinit(gpa, pool);
     try move(&tier, pool, 0, 240);
     for (0..tier.heads) |head| for ([_]u64{ 0, 64, 80, 144 }) |position| {
-        const window: Window = .init(&tier, position, tier.end, tier.end, head);
+        const route: Route = .init(&tier, head, tier.end, null);
+        const window: Window = .init(&route, position, tier.end);
         const next = window.base + 64;
         const keys = @intFromPtr(tier.page_at(next / tier.tokens_per_page, head));
         for (
-            [_]Ahead{ window.ahead_of_score, window.ahead_of_accumulate },
-            [_]usize{ keys, keys + half.bytes() },
+            [_]Ahead{ window.ahead_of_score, window.ahead_of_update, window.ahead_of_accumulate },
+            [_]usize{ keys, keys + half.bytes(), keys + half.bytes() },
         ) |ahead, first| {
             const at = @intFromPtr(ahead.at);
             try std.testing.expect(ahead.lines > 0);
