@@ -85,8 +85,9 @@ pub const Block = struct {
             block.work.job.table.score_rows(&.{
                 .keys = keys,
                 .blocks = (slots + format.block_slots - 1) / format.block_slots,
-                .dim = query.dim,
+                .dim = block.tier.key.dim_stored(),
                 .query = query.values + block.row * query.dim,
+                .query_stride = query.dim,
                 .rows = block.rows,
                 .scores = &block.scores,
             });

@@ -24,6 +24,7 @@ pub const rows_multiple = 8;
 pub const KeysArgs = extern struct {
     /// Rows as stored.
     keys: [*]const u8,
+    /// Dimensions as stored.
     dim: usize,
     /// Blocks of 16 slots.
     blocks: usize,
@@ -78,9 +79,11 @@ pub const ScoreArgs = extern struct {
     /// From `lay_out_keys`.
     keys: [*]align(64) const f32,
     blocks: usize,
+    /// Dimensions as stored.
     dim: usize,
-    /// (row, dim)
+    /// (row, query_stride)
     query: [*]const f32,
+    query_stride: usize,
     rows: usize,
     /// (row, slot): room for a multiple of `rows_multiple` rows.
     scores: [*]align(64) [format.page_tokens]f32,
@@ -111,7 +114,7 @@ fn score_panel(
         var queries: [tile_rows][*]const f32 = undefined;
         // What the last rows are computed again for goes where nothing is read.
         inline for (&queries, 0..) |*query, r| {
-            query.* = args.query + @min(row + r, args.rows - 1) * args.dim;
+            query.* = args.query + @min(row + r, args.rows - 1) * args.query_stride;
         }
         const sums = score_tile(blocks, keys, &queries, args.dim / vec.lanes);
         inline for (sums, 0..) |of_row, r| inline for (of_row, 0..) |sum, b| {
@@ -208,13 +211,14 @@ fn accumulate_chunks(comptime flight: usize, args: *const ValuesArgs, chunk: usi
 }
 
 test "many rows have the bits of few" {
-    const dim = 96;
+    const dim = 80;
+    const stride = 96;
     const rows = 13;
     var prng = std.Random.DefaultPrng.init(6);
     var keys: [format.page_tokens * dim]u16 = undefined; // f16
 
     var values: [format.page_tokens * dim]f32 = undefined;
-    var query: [rows * dim]f32 = undefined;
+    var query: [rows * stride]f32 = undefined;
     for (&keys) |*x| x.* = @bitCast(@as(f16, @floatCast(prng.random().floatNorm(f32))));
     for (&values) |*x| x.* = prng.random().floatNorm(f32);
     for (&query) |*x| x.* = prng.random().floatNorm(f32);
@@ -233,6 +237,7 @@ test "many rows have the bits of few" {
             .blocks = blocks,
             .dim = dim,
             .query = &query,
+            .query_stride = stride,
             .rows = rows,
             .scores = &scores,
         });
@@ -241,7 +246,7 @@ test "many rows have the bits of few" {
             var lanes = vec.splat(0);
             for (0..dim / vec.lanes) |chunk| {
                 const key = vec.load(@Vector(16, u16), keys[slot * dim + chunk * vec.lanes ..].ptr);
-                const x = vec.load(F, query[r * dim + chunk * vec.lanes ..].ptr);
+                const x = vec.load(F, query[r * stride + chunk * vec.lanes ..].ptr);
                 lanes += vec.from_f16(vec.lanes, key) * x;
             }
             try std.testing.expectEqual(vec.reduce(.add, lanes), sum);
