@@ -318,18 +318,24 @@ inline fn spare_bits(
     slots: *const [rows]Slots,
     of_scales: []const Slots,
 ) [rows]u4 {
-    var largest: [rows]dot.Halves = @splat(@splat(0));
-    var least: [rows]dot.Halves = @splat(@splat(0)); // no scale of half levels is negative
-    for (of_scales) |*scale| inline for (&largest, &least, slots) |*most, *low, *row_slots| {
-        inline for (multiply(row_slots, scale)) |x| {
-            most.* = @max(most.*, x);
-            if (!T.half_levels) low.* = @min(low.*, x);
-        }
+    // Products grow with their scales, as no weight is negative: the outermost of each slot will do.
+    var most, var least = .{ of_scales[0], of_scales[0] };
+    for (of_scales[1..]) |*scale| inline for (&most, &least, scale) |*high, *low, x| {
+        high.* = @max(high.*, x);
+        low.* = @min(low.*, x);
     };
+    const zero: dot.Halves = @splat(0);
     var used: [rows]U = undefined;
-    // ~x has as many bits as the magnitude of a negative x.
-    inline for (&used, largest, least) |*bits, most, low| {
-        bits.* = @bitCast(most | (low ^ (low >> @splat(15))));
+    inline for (&used, slots) |*bits, *row_slots| {
+        const of_most = multiply(row_slots, &most);
+        var magnitudes: dot.Halves = @max(of_most[0], of_most[1], zero);
+        if (!T.half_levels) { // else no scale is negative
+            const of_least = multiply(row_slots, &least);
+            // ~x has as many bits as the magnitude of a negative x.
+            const low: dot.Halves = @min(of_least[0], of_least[1], ~zero);
+            magnitudes |= ~low;
+        }
+        bits.* = @bitCast(magnitudes);
     }
     const joined: [rows]u32 = vec.fold_each(.join, U, rows, &used);
     var spare: [rows]u4 = undefined;
