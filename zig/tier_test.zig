@@ -5,6 +5,7 @@ const Half = @import("format.zig").Half;
 const Pool = @import("pool.zig").Pool;
 const Tier = @import("tier.zig").Tier;
 const window_file = @import("window.zig");
+const Place = window_file.Place;
 const Route = window_file.Route;
 const Window = window_file.Window;
 
@@ -62,29 +63,56 @@ test "a tier slides, jumps, shrinks and empties without losing a page" {
     try std.testing.expect(tier.consistent());
 }
 
-test "what a window fetches ahead lies within one half of one page" {
+test "what a window fetches ahead lies within one page" {
     const gpa = std.testing.allocator;
     const pool = try Pool.create(gpa, .{});
     defer pool.release();
-    const half: Half = .{ .format = .f16, .dim = 64, .slots = 80, .rotated = false };
-    var tier: Tier = .{ .key = half, .value = half, .heads = 2, .tokens_per_page = 80 };
-    defer tier.deinit(gpa, pool);
-    try move(&tier, pool, 0, 240);
-    for (0..tier.heads) |head| for ([_]u64{ 0, 64, 80, 144 }) |position| {
-        const route: Route = .init(&tier, head, tier.end, null);
-        const window: Window = .init(&route, position, tier.end);
-        const next = window.base + 64;
-        const keys = @intFromPtr(tier.page_at(next / tier.tokens_per_page, head));
-        for (
-            [_]Ahead{ window.ahead_of_score, window.ahead_of_update, window.ahead_of_accumulate },
-            [_]usize{ keys, keys + half.bytes(), keys + half.bytes() },
-        ) |ahead, first| {
-            const at = @intFromPtr(ahead.at);
-            try std.testing.expect(ahead.lines > 0);
-            try std.testing.expect(at >= first);
-            try std.testing.expect(at + ahead.lines * 64 <= first + half.bytes());
-        }
+    const shapes = [_]struct { slots: u32, dim: u32 }{
+        .{ .slots = 80, .dim = 32 },
+        .{ .slots = 80, .dim = 64 },
+        .{ .slots = 64, .dim = 32 },
+        .{ .slots = 16, .dim = 64 },
     };
+    for (shapes) |shape| {
+        const half: Half = .{
+            .format = .f16,
+            .dim = shape.dim,
+            .slots = shape.slots,
+            .rotated = false,
+        };
+        var tier: Tier = .{
+            .key = half,
+            .value = half,
+            .heads = 2,
+            .tokens_per_page = shape.slots,
+        };
+        defer tier.deinit(gpa, pool);
+        try move(&tier, pool, 0, 3 * shape.slots);
+        for (0..tier.heads) |head| {
+            const after: Place = .{ .tier = &tier, .position = 0, .head = 1 - head };
+            const route: Route = .init(&tier, head, tier.end, after);
+            var position: u64 = 0;
+            while (position < tier.end) {
+                const window: Window = .init(&route, position, tier.end);
+                try std.testing.expect(window.ahead_of_score.lines > 0);
+                for ([_]Ahead{
+                    window.ahead_of_score,
+                    window.ahead_of_update,
+                    window.ahead_of_accumulate,
+                }) |ahead| try std.testing.expect(within_a_page(&tier, ahead));
+                position = window.end;
+            }
+        }
+    }
+}
+
+fn within_a_page(tier: *const Tier, ahead: Ahead) bool {
+    const first = @intFromPtr(ahead.at);
+    for (0..tier.page_count() / tier.heads) |number| for (0..tier.heads) |head| {
+        const page = @intFromPtr(tier.page_at(number, head));
+        if (first >= page and first + ahead.lines * 64 <= page + tier.page_bytes()) return true;
+    };
+    return false;
 }
 
 test "the first to append to a shared row writes in place, the next copies that row alone" {

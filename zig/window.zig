@@ -43,16 +43,18 @@ pub const Route = struct {
     pub fn init(tier: *const Tier, head: usize, ahead_end: u64, after: ?Place) Route {
         const key_bytes = tier.key.bytes();
         const value_bytes = tier.value.bytes();
+        const whole = tier.tokens_per_page <= format.page_tokens;
+        const small = key_bytes + value_bytes < bytes_ahead_min;
         return .{
             .tier = tier,
             .head = head,
             .key_bytes = key_bytes,
             .value_bytes = value_bytes,
             .window_tokens = @min(format.page_tokens, tier.tokens_per_page),
-            .windows_ahead = if (key_bytes + value_bytes < bytes_ahead_min) 2 else 1,
+            .windows_ahead = if (whole and small) 2 else 1,
             .ahead_end = ahead_end,
             .after = after,
-            .whole = tier.tokens_per_page <= format.page_tokens,
+            .whole = whole,
             .costs = .{
                 .score = score_cost[@backingInt(tier.key.format)],
                 .accumulate = accumulate_cost[@backingInt(tier.value.format)],
