@@ -1,10 +1,12 @@
 //! Up to 64 query rows against one window, kernel by kernel: each goes over all rows before the
 //! next one begins, so that what it reads stays in the nearest cache. Called by attend.zig; calls
 //! step.zig and the kernels for many rows.
+const std = @import("std");
 const accumulate_file = @import("accumulate.zig");
 const attend = @import("attend.zig");
 const format = @import("format.zig");
 const score = @import("score.zig");
+const tile = @import("tile.zig");
 const State = @import("state.zig").State;
 const Step = @import("step.zig").Step;
 const Tier = @import("tier.zig").Tier;
@@ -12,6 +14,10 @@ const Window = @import("window.zig").Window;
 
 pub const rows_max = 64;
 const steps_max = rows_max / score.rows_max;
+
+comptime {
+    std.debug.assert(rows_max % tile.rows_multiple == 0);
+}
 
 pub const Block = struct {
     work: *attend.Work,

@@ -21,6 +21,10 @@ const panel_blocks = if (vec.wide_registers) 2 else 1;
 /// Callers' buffers of scores have room for a whole number of these.
 pub const rows_multiple = 8;
 
+comptime {
+    std.debug.assert(rows_multiple % tile_rows == 0);
+}
+
 pub const KeysArgs = extern struct {
     /// Rows as stored.
     keys: [*]const u8,
