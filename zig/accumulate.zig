@@ -318,7 +318,7 @@ inline fn spare_bits(
     slots: *const [rows]Slots,
     of_scales: []const Slots,
 ) [rows]u4 {
-    // Products grow with their scales, as no weight is negative: the outermost of each slot will do.
+    // Products grow with scales, as no weight is negative: the outermost ones of each slot will do.
     var most, var least = .{ of_scales[0], of_scales[0] };
     for (of_scales[1..]) |*scale| inline for (&most, &least, scale) |*high, *low, x| {
         high.* = @max(high.*, x);
