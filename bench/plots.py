@@ -116,6 +116,7 @@ def save(figure: Any, axes: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path)
+    # What a picture is called where it cannot be seen.
+    figure.savefig(path, metadata={"Title": f"{axes.get_ylabel()}: {axes.get_title()}"})
     pyplot.close(figure)
     return path
