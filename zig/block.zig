@@ -86,11 +86,10 @@ pub const Block = struct {
     fn compute_logits(block: *Block) void {
         const steps = block.steps[0..block.count];
         if (block.window.keys_for_many) |keys| {
-            const slots: usize = @intCast(block.window.end - block.window.base);
             const query = &block.work.query;
             block.work.job.table.score_rows(&.{
                 .keys = keys,
-                .blocks = (slots + format.block_slots - 1) / format.block_slots,
+                .blocks = block.window.blocks(),
                 .dim = block.tier.key.dim_stored(),
                 .query = query.values + block.row * query.dim,
                 .query_stride = query.dim,

@@ -179,6 +179,16 @@ pub const Window = struct {
         };
     }
 
+    /// Slots up to the last one in use.
+    fn slots(window: *const Window) usize {
+        return @intCast(window.end - window.base);
+    }
+
+    /// Blocks that hold them.
+    pub fn blocks(window: *const Window) usize {
+        return (window.slots() + format.block_slots - 1) / format.block_slots;
+    }
+
     /// Makes floating-point keys and values what kernels for many rows read, which changes no bit
     /// of what is computed. `memory` has room for 64 rows of keys, then 64 of values, as stored.
     pub fn unpack(
@@ -187,13 +197,12 @@ pub const Window = struct {
         tier: *const Tier,
         memory: []align(64) f32,
     ) void {
-        const slots: usize = @intCast(window.end - window.base);
         const key_dim = tier.key.dim_stored();
         if (table.lay_out_keys[@backingInt(tier.key.format)]) |lay_out_keys| {
             lay_out_keys(&.{
                 .keys = window.keys,
                 .dim = key_dim,
-                .blocks = (slots + format.block_slots - 1) / format.block_slots,
+                .blocks = window.blocks(),
                 .ahead = window.ahead_of_score,
                 .target = memory.ptr,
             });
@@ -205,7 +214,7 @@ pub const Window = struct {
                 table,
                 tier.value,
                 window.values,
-                slots,
+                window.slots(),
                 memory[format.page_tokens * key_dim ..].ptr,
             ),
             else => null,
