@@ -63,9 +63,9 @@ fn encode_scales(
     return T.inverse(vec.from_f16(16, scale));
 }
 
-/// Codes of 16 values of four tokens, with `offset` added where they are nibbles: in each quarter
-/// four bytes of every token.
-inline fn encode_four(
+/// Codes of 16 values of four tokens, of any quantized format: in each quarter four bytes of every
+/// token.
+pub inline fn encode_four(
     comptime T: type,
     rows: [*]const f32,
     stride: usize,
@@ -73,7 +73,7 @@ inline fn encode_four(
 ) narrow.Bytes {
     var rounded: [4]vec.I = undefined;
     inline for (&rounded, 0..) |*codes, k| {
-        codes.* = T.round(vec.load(F, rows + k * stride) * vec.splat(inverses[k]));
+        codes.* = T.encode(vec.load(F, rows + k * stride), vec.splat(inverses[k]));
     }
     return T.clamp(narrow.to_bytes(&rounded));
 }
@@ -166,7 +166,7 @@ pub fn encode_token(
                 scales[g * format.page_tokens + slot] = scale[0];
                 const inverse = T.inverse(vec.from_f16(16, scale));
                 inline for (.{ a, b }, 0..) |x, h| {
-                    const rounded = T.round(x * inverse);
+                    const rounded = T.encode(x, inverse);
                     const bytes = narrow.to_bytes(&.{ rounded, rounded, rounded, rounded });
                     const codes: [4 * vec.lanes]u8 = T.clamp(bytes);
                     inline for (0..vec.lanes) |i| {

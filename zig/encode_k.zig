@@ -132,20 +132,6 @@ inline fn square_error(comptime T: type, x: [2]F, scale: f32, inverse: f32) F {
     return squares[0] + squares[1];
 }
 
-/// Codes of 16 values of four tokens: in each quarter four bytes of every token.
-inline fn encode_four(
-    comptime T: type,
-    rows: [*]const f32,
-    stride: usize,
-    inverses: [4]f32,
-) narrow.Bytes {
-    var codes: [4]vec.I = undefined;
-    inline for (&codes, 0..) |*of_token, k| {
-        of_token.* = T.encode(vec.load(F, rows + k * stride), vec.splat(inverses[k]));
-    }
-    return @bitCast(narrow.to_bytes(&codes));
-}
-
 /// Sixteen tokens at a time: 16 dims of each become four words, transposed to (chunk, slot).
 fn key_words(
     comptime T: type,
@@ -159,7 +145,7 @@ fn key_words(
         inline for (&of_tokens, 0..) |*four, k| {
             const slot = block * format.block_slots + k * 4;
             const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
-            four.* = encode_four(T, rows, args.dim, inverses[slot..][0..4].*);
+            four.* = encode.encode_four(T, rows, args.dim, inverses[slot..][0..4].*);
         }
         for (narrow.transpose_vectors(&of_tokens), 0..) |of_chunk, chunk| {
             const first = (h * 4 + chunk) * format.page_tokens + block * format.block_slots;
@@ -180,7 +166,7 @@ fn value_words(
         const rows = args.rows + quad * args.dim + g * format.group + h * vec.lanes;
         var of_slots: [4]f32 = undefined;
         inline for (&of_slots, 0..) |*x, k| x.* = inverses[quad + format.block_slots * k];
-        const four = encode_four(T, rows, format.block_slots * args.dim, of_slots);
+        const four = encode.encode_four(T, rows, format.block_slots * args.dim, of_slots);
         vec.store(words + quad * format.group + h * vec.lanes, narrow.transpose_quarters(four));
     };
 }

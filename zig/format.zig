@@ -173,8 +173,8 @@ fn Integer(comptime code_bits: comptime_int) type {
         }
 
         /// What 16 values over their scale are rounded to.
-        pub inline fn round(x: vec.F) vec.I {
-            return vec.round_to_int(x);
+        pub inline fn encode(x: vec.F, inverse_scale: vec.F) vec.I {
+            return vec.round_to_int(x * inverse_scale);
         }
 
         /// Rounded values in bytes, of any sign and size, become codes with `offset` added.

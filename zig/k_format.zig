@@ -262,6 +262,11 @@ pub fn K(comptime code_bits: comptime_int) type {
             const lowest: I = @splat(@bitCast(vec.round_magic - half));
             return nearest(x, inverse) -% lowest;
         }
+
+        /// Levels were cut off before they became codes.
+        pub inline fn clamp(codes: @Vector(64, i8)) @Vector(64, u8) {
+            return @bitCast(codes);
+        }
     };
 }
 
