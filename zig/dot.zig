@@ -138,9 +138,7 @@ pub const accumulators_max = switch (method) {
     .wasm_dot, .smull, .portable => 8,
 };
 
-// LLVM intrinsics as extern functions. The SysV convention makes Zig pass vectors by value on
-// Windows too.
-const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
+// LLVM intrinsics as extern functions.
 const x86 = struct {
     const U8x16 = @Vector(16, u8);
     const I8x16 = @Vector(16, i8);
@@ -152,16 +150,16 @@ const x86 = struct {
     const I16x32 = @Vector(32, i16);
     const I32x4 = @Vector(4, i32);
     const I32x8 = @Vector(8, i32);
-    extern fn @"llvm.x86.avx512.vpdpbusd.512"(I, I, I) callconv(sysv) I;
-    extern fn @"llvm.x86.avx512.pmaddubs.w.512"(Codes, I8x64) callconv(sysv) I16x32;
-    extern fn @"llvm.x86.avx512.pmaddw.d.512"(I16x32, I16x32) callconv(sysv) I;
-    extern fn @"llvm.x86.avx2.pmadd.ub.sw"(U8x32, I8x32) callconv(sysv) I16x16;
-    extern fn @"llvm.x86.avx2.pmadd.wd"(I16x16, I16x16) callconv(sysv) I32x8;
-    extern fn @"llvm.x86.ssse3.pmadd.ub.sw.128"(U8x16, I8x16) callconv(sysv) I16x8;
-    extern fn @"llvm.x86.sse2.pmadd.wd"(I16x8, I16x8) callconv(sysv) I32x4;
-    extern fn @"llvm.x86.avx512.pmul.hr.sw.512"(I16x32, I16x32) callconv(sysv) I16x32;
-    extern fn @"llvm.x86.avx2.pmul.hr.sw"(I16x16, I16x16) callconv(sysv) I16x16;
-    extern fn @"llvm.x86.ssse3.pmul.hr.sw.128"(I16x8, I16x8) callconv(sysv) I16x8;
+    extern fn @"llvm.x86.avx512.vpdpbusd.512"(I, I, I) callconv(vec.sysv) I;
+    extern fn @"llvm.x86.avx512.pmaddubs.w.512"(Codes, I8x64) callconv(vec.sysv) I16x32;
+    extern fn @"llvm.x86.avx512.pmaddw.d.512"(I16x32, I16x32) callconv(vec.sysv) I;
+    extern fn @"llvm.x86.avx2.pmadd.ub.sw"(U8x32, I8x32) callconv(vec.sysv) I16x16;
+    extern fn @"llvm.x86.avx2.pmadd.wd"(I16x16, I16x16) callconv(vec.sysv) I32x8;
+    extern fn @"llvm.x86.ssse3.pmadd.ub.sw.128"(U8x16, I8x16) callconv(vec.sysv) I16x8;
+    extern fn @"llvm.x86.sse2.pmadd.wd"(I16x8, I16x8) callconv(vec.sysv) I32x4;
+    extern fn @"llvm.x86.avx512.pmul.hr.sw.512"(I16x32, I16x32) callconv(vec.sysv) I16x32;
+    extern fn @"llvm.x86.avx2.pmul.hr.sw"(I16x16, I16x16) callconv(vec.sysv) I16x16;
+    extern fn @"llvm.x86.ssse3.pmul.hr.sw.128"(I16x8, I16x8) callconv(vec.sysv) I16x8;
 };
 const arm = struct {
     const I32x4 = @Vector(4, i32);

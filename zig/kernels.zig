@@ -49,16 +49,16 @@ pub const table: Table = fill();
 
 fn fill() Table {
     var t: Table = undefined;
-    t.adjust = &adapt(softmax.AdjustArgs, softmax.adjust).call;
-    t.update = &adapt(softmax.UpdateArgs, softmax.update).call;
-    t.add_mass = &adapt(softmax.MassArgs, softmax.add_mass).call;
-    t.score_rows = &adapt(tile.ScoreArgs, tile.score_rows).call;
-    t.accumulate_rows = &adapt(tile.ValuesArgs, tile.accumulate_rows).call;
-    t.store_offsets = &adapt(encode_k.OffsetArgs, encode_k.store_offsets).call;
-    t.subtract_offsets = &adapt(encode_k.OffsetArgs, encode_k.subtract_offsets).call;
+    t.adjust = &adapt(softmax.AdjustArgs, void, softmax.adjust).call;
+    t.update = &adapt(softmax.UpdateArgs, void, softmax.update).call;
+    t.add_mass = &adapt(softmax.MassArgs, void, softmax.add_mass).call;
+    t.score_rows = &adapt(tile.ScoreArgs, void, tile.score_rows).call;
+    t.accumulate_rows = &adapt(tile.ValuesArgs, void, tile.accumulate_rows).call;
+    t.store_offsets = &adapt(encode_k.OffsetArgs, void, encode_k.store_offsets).call;
+    t.subtract_offsets = &adapt(encode_k.OffsetArgs, void, encode_k.subtract_offsets).call;
     t.rotate = &rotate_row;
-    t.check = &check_rows;
-    t.read = &read_rows;
+    t.check = &adapt(rows_file.CheckArgs, bool, rows_file.check).call;
+    t.read = &adapt(rows_file.ReadArgs, bool, rows_file.read).call;
     for (format.all, 0..) |T, f| {
         t.prepare[f] = &struct {
             fn call(args: *const prepare.PrepareArgs) callconv(.c) void {
@@ -93,10 +93,14 @@ fn fill() Table {
     return t;
 }
 
-fn adapt(comptime Args: type, comptime function: fn (*const Args) void) type {
+fn adapt(
+    comptime Args: type,
+    comptime Result: type,
+    comptime function: fn (*const Args) Result,
+) type {
     return struct {
-        fn call(args: *const Args) callconv(.c) void {
-            function(args);
+        fn call(args: *const Args) callconv(.c) Result {
+            return function(args);
         }
     };
 }
@@ -107,14 +111,6 @@ fn page_encoder(comptime T: type, comptime side: format.Side) type {
             encode.encode_page(T, side, args);
         }
     };
-}
-
-fn check_rows(args: *const rows_file.CheckArgs) callconv(.c) bool {
-    return rows_file.check(args);
-}
-
-fn read_rows(args: *const rows_file.ReadArgs) callconv(.c) bool {
-    return rows_file.read(args);
 }
 
 fn rotate_row(row: [*]f32, len: usize) callconv(.c) void {

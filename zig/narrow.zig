@@ -84,8 +84,6 @@ pub inline fn transpose_vectors(vectors: *const [4]Bytes) [4]Bytes {
     };
 }
 
-// The SysV convention makes Zig pass vectors by value on Windows too.
-const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
 const x86 = struct {
     const I8x16 = @Vector(16, i8);
     const I8x32 = @Vector(32, i8);
@@ -95,12 +93,12 @@ const x86 = struct {
     const I16x32 = @Vector(32, i16);
     const I32x4 = @Vector(4, i32);
     const I32x8 = @Vector(8, i32);
-    extern fn @"llvm.x86.avx512.packssdw.512"(I, I) callconv(sysv) I16x32;
-    extern fn @"llvm.x86.avx512.packsswb.512"(I16x32, I16x32) callconv(sysv) I8x64;
-    extern fn @"llvm.x86.avx2.packssdw"(I32x8, I32x8) callconv(sysv) I16x16;
-    extern fn @"llvm.x86.avx2.packsswb"(I16x16, I16x16) callconv(sysv) I8x32;
-    extern fn @"llvm.x86.sse2.packssdw.128"(I32x4, I32x4) callconv(sysv) I16x8;
-    extern fn @"llvm.x86.sse2.packsswb.128"(I16x8, I16x8) callconv(sysv) I8x16;
+    extern fn @"llvm.x86.avx512.packssdw.512"(I, I) callconv(vec.sysv) I16x32;
+    extern fn @"llvm.x86.avx512.packsswb.512"(I16x32, I16x32) callconv(vec.sysv) I8x64;
+    extern fn @"llvm.x86.avx2.packssdw"(I32x8, I32x8) callconv(vec.sysv) I16x16;
+    extern fn @"llvm.x86.avx2.packsswb"(I16x16, I16x16) callconv(vec.sysv) I8x32;
+    extern fn @"llvm.x86.sse2.packssdw.128"(I32x4, I32x4) callconv(vec.sysv) I16x8;
+    extern fn @"llvm.x86.sse2.packsswb.128"(I16x8, I16x8) callconv(vec.sysv) I8x16;
 };
 const arm = struct {
     extern fn @"llvm.aarch64.neon.sqxtn.v8i8"(@Vector(8, i16)) @Vector(8, i8);

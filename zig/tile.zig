@@ -71,12 +71,17 @@ fn lay_out_panel(
             const at = rows + chunk * vec.lanes * @sizeOf(T.Element);
             inline for (&square, 0..) |*row, t| row.* = T.load(at + t * row_bytes);
             inline for (vec.transpose(&square), 0..) |column, lane| {
-                const place = comptime vec.bit_reversed(vec.lanes, lane);
-                const index = (place * chunks + chunk) * blocks + b;
+                const index = (bit_reversed(lane) * chunks + chunk) * blocks + b;
                 vec.store(target + index * vec.lanes, column);
             }
         }
     }
+}
+
+/// When a lane has its turn, and which lane has a turn: sums of lanes that `vec.reduce` adds first
+/// follow each other.
+inline fn bit_reversed(index: usize) usize {
+    return @bitReverse(@as(u4, @intCast(index)));
 }
 
 pub const ScoreArgs = extern struct {
@@ -127,8 +132,8 @@ fn score_panel(
     }
 }
 
-/// Lanes of the key are loop turns here, and lanes of the registers are slots. Lanes that
-/// `vec.reduce` adds first follow each other, and sums wait for their partners on a stack.
+/// Lanes of the key are loop turns here, and lanes of the registers are slots; sums wait for their
+/// partners on a stack.
 inline fn score_tile(
     comptime blocks: usize,
     keys: [*]const f32,
@@ -140,7 +145,7 @@ inline fn score_tile(
     var waiting: [std.math.log2(vec.lanes)]Sums = undefined;
     var depth: usize = 0;
     for (0..vec.lanes) |turn| {
-        const lane: usize = @bitReverse(@as(u4, @intCast(turn)));
+        const lane = bit_reversed(turn);
         const at = keys + turn * chunks * blocks * vec.lanes;
         var sums: Sums = undefined;
         // That these do not begin with an addition to zero shows in the sign of a zero at most.
@@ -220,11 +225,8 @@ test "many rows have the bits of few" {
     const rows = 13;
     var prng = std.Random.DefaultPrng.init(6);
     var keys: [format.page_tokens * dim]u16 = undefined; // f16
-
-    var values: [format.page_tokens * dim]f32 = undefined;
     var query: [rows * stride]f32 = undefined;
     for (&keys) |*x| x.* = @bitCast(@as(f16, @floatCast(prng.random().floatNorm(f32))));
-    for (&values) |*x| x.* = prng.random().floatNorm(f32);
     for (&query) |*x| x.* = prng.random().floatNorm(f32);
     inline for (.{ 1, 3, 4 }) |blocks| {
         var laid_out: [format.page_tokens * dim]f32 align(64) = undefined;

@@ -280,7 +280,7 @@ inline fn transpose_reduce(
     return current[0];
 }
 
-pub fn bit_reversed(n: usize, index: usize) usize {
+fn bit_reversed(n: usize, index: usize) usize {
     var result: usize = 0;
     var bit: usize = 1;
     while (bit < n) : (bit *= 2) {
@@ -370,8 +370,8 @@ test "transpose makes rows columns" {
     };
 }
 
-// The SysV convention makes Zig pass vectors by value on Windows too.
-const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
+/// Of intrinsics. The SysV convention makes Zig pass vectors by value on Windows too.
+pub const sysv: std.lang.CallingConvention = .{ .x86_64_sysv = .{} };
 const all_lanes = 0xffff;
 /// The rounding mode that the processor is in: to nearest even.
 const as_set = 4;
