@@ -234,11 +234,11 @@ inline fn largest_scales(
     var maxima: [groups_at_once]F = @splat(vec.splat(0));
     inline for (&maxima, 0..) |*maximum, i| if (i < count) {
         var blocks = load_scales(T, scales, first + i);
-        if (args.any_hidden) inline for (&blocks, 0..) |*block, b| {
+        inline for (&blocks, 0..) |*block, b| {
             const bits = vec.load(U, @as([*]const f32, &args.weights[0]) + b * vec.lanes);
             const is_hidden = bits == @as(U, @splat(hidden_weight));
             block.* = @select(f32, is_hidden, vec.splat(0), block.*);
-        };
+        }
         maximum.* = vec.max(
             vec.max(@abs(blocks[0]), @abs(blocks[1])),
             vec.max(@abs(blocks[2]), @abs(blocks[3])),

@@ -134,9 +134,9 @@ pub const Window = struct {
             .values = at.values,
             .keys_for_many = null,
             .values_for_many = null,
-            .ahead_of_score = .{ .at = at.keys, .lines = 0 },
-            .ahead_of_update = .{ .at = at.values, .lines = 0 },
-            .ahead_of_accumulate = .{ .at = at.values, .lines = 0 },
+            .ahead_of_score = .none,
+            .ahead_of_update = .none,
+            .ahead_of_accumulate = .none,
             .base = at.base,
             .end = @min(end, page_end, at.base + format.page_tokens),
         };
