@@ -26,6 +26,7 @@ const Tier = @import("tier.zig").Tier;
 const window_file = @import("window.zig");
 const Place = window_file.Place;
 const Route = window_file.Route;
+const Seen = window_file.Seen;
 const Window = window_file.Window;
 
 /// Positions of a chunk: small enough to share among threads, large enough that merging costs
@@ -393,11 +394,16 @@ pub const Work = struct {
         }
     }
 
-    /// Positions that any row of the block may see within a unit.
-    fn seen(work: *const Work, unit: Unit) struct { start: u64, end: u64 } {
+    /// Positions that rows of the block may see within a unit.
+    fn seen(work: *const Work, unit: Unit) Seen {
         const first = work.visible(0);
         const last = work.visible(work.rows - 1); // later queries see later positions
-        return .{ .start = @max(unit.start, first.start), .end = @min(unit.end, last.end) };
+        return .{
+            .start = @max(unit.start, first.start),
+            .end = @min(unit.end, last.end),
+            .start_for_all = @max(unit.start, last.start),
+            .end_for_all = @min(unit.end, first.end),
+        };
     }
 
     /// How far ahead of a unit this thread goes on reading.
@@ -457,9 +463,10 @@ pub const Work = struct {
         const after = work.place_after(unit);
         const route: Route = .init(tier, work.head, work.ahead_end(unit), after);
         var block: Block = undefined;
+        var window: Window = undefined;
         var position = range.start;
         while (position < range.end) {
-            var window: Window = .init(&route, position, range.end);
+            window.start(&route, position, range);
             if (work.unpacked.len > 0) window.unpack(work.job.table, tier, work.unpacked);
             var row: usize = 0;
             while (row < work.rows) : (row += block_file.rows_max) {

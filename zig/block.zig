@@ -50,7 +50,7 @@ pub const Block = struct {
             const rows = @min(score.rows_max, block.rows - first);
             const scores = block.scores[first..][0..score.rows_max];
             const step = &block.steps[block.count];
-            step.* = .init(work, tier, unit, window, row + first, rows, scores);
+            step.start(work, tier, unit, window, row + first, rows, scores);
             block.count += @intFromBool(step.any_seen());
         }
     }

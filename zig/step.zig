@@ -33,7 +33,9 @@ pub const Step = struct {
     largest: [score.rows_max]f32,
     minor: [score.rows_max]bool,
 
-    pub fn init(
+    /// In place: a step is large, and there are many.
+    pub fn start(
+        step: *Step,
         work: *Work,
         tier: *const Tier,
         unit: Unit,
@@ -41,34 +43,38 @@ pub const Step = struct {
         row: usize,
         count: usize,
         scores: *align(64) score.Scores,
-    ) Step {
-        var step: Step = .{
-            .work = work,
-            .tier = tier,
-            .window = window,
-            .row = row,
-            .count = count,
-            .first = @splat(0),
-            .end = @splat(0),
-            .first_slot = format.page_tokens,
-            .end_slot = 0,
-            .scores = scores,
-            .any_hidden = undefined,
-            .corrections = undefined,
-            .largest = undefined,
-            .minor = undefined,
-        };
-        for (0..count) |r| {
-            const visible = work.visible(row + r);
-            const start = @max(unit.start, visible.start, window.base);
-            const end = @min(unit.end, visible.end, window.end);
-            if (start >= end) continue;
-            step.first[r] = @intCast(start - window.base);
-            step.end[r] = @intCast(end - window.base);
+    ) void {
+        step.work = work;
+        step.tier = tier;
+        step.window = window;
+        step.row = row;
+        step.count = count;
+        step.scores = scores;
+        if (window.all_seen) {
+            step.first = @splat(0);
+            step.end = @splat(format.page_tokens);
+            step.first_slot = 0;
+            step.end_slot = format.page_tokens;
+        } else step.look(unit);
+    }
+
+    /// What each row sees.
+    fn look(step: *Step, unit: Unit) void {
+        const window = step.window;
+        step.first = @splat(0);
+        step.end = @splat(0);
+        step.first_slot = format.page_tokens;
+        step.end_slot = 0;
+        for (0..step.count) |r| {
+            const visible = step.work.visible(step.row + r);
+            const start_seen = @max(unit.start, visible.start, window.base);
+            const end_seen = @min(unit.end, visible.end, window.end);
+            if (start_seen >= end_seen) continue;
+            step.first[r] = @intCast(start_seen - window.base);
+            step.end[r] = @intCast(end_seen - window.base);
             step.first_slot = @min(step.first_slot, step.first[r]);
             step.end_slot = @max(step.end_slot, step.end[r]);
         }
-        return step;
     }
 
     pub fn any_seen(step: *const Step) bool {
@@ -105,6 +111,7 @@ pub const Step = struct {
     }
 
     fn all_seen(step: *const Step) bool {
+        if (step.window.all_seen) return true;
         for (0..step.count) |r| {
             if (step.first[r] != 0 or step.end[r] != format.page_tokens) return false;
         }

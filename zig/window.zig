@@ -24,6 +24,9 @@ const Costs = struct { score: usize, accumulate: usize };
 /// Where a thread goes on reading.
 pub const Place = struct { tier: *const Tier, position: u64, head: usize };
 
+/// Positions of a unit that any of some rows sees, and those that all of them see.
+pub const Seen = struct { start: u64, end: u64, start_for_all: u64, end_for_all: u64 };
+
 /// What the windows of a head in a tier have in common.
 pub const Route = struct {
     tier: *const Tier,
@@ -62,7 +65,13 @@ pub const Route = struct {
         };
     }
 
-    const Location = struct { keys: [*]const u8, values: [*]const u8, base: u64 };
+    const Location = struct {
+        keys: [*]const u8,
+        values: [*]const u8,
+        /// Positions of slot 0, and after the page's last one.
+        base: u64,
+        page_end: u64,
+    };
 
     fn locate(route: *const Route, position: u64) Location {
         const tier = route.tier;
@@ -74,6 +83,7 @@ pub const Route = struct {
             .keys = page + rows_before(tier.key, first),
             .values = page + route.key_bytes + rows_before(tier.value, first),
             .base = number * tier.tokens_per_page + first,
+            .page_end = (number + 1) * tier.tokens_per_page,
         };
     }
 
@@ -123,25 +133,25 @@ pub const Window = struct {
     base: u64,
     /// Position after the last slot in use.
     end: u64,
+    /// Whether there are 64 slots, and every row sees all of them.
+    all_seen: bool,
 
-    /// The window at `position`, cut at `end`.
-    pub fn init(route: *const Route, position: u64, end: u64) Window {
-        const tier = route.tier;
+    /// The window at `position`, cut at the end of `seen`, which are the positions that any row
+    /// sees. In place: a window is large, and there are many.
+    pub fn start(window: *Window, route: *const Route, position: u64, seen: Seen) void {
         const at = route.locate(position);
-        const page_end = (position / tier.tokens_per_page + 1) * tier.tokens_per_page;
-        var window: Window = .{
-            .keys = at.keys,
-            .values = at.values,
-            .keys_for_many = null,
-            .values_for_many = null,
-            .ahead_of_score = .none,
-            .ahead_of_update = .none,
-            .ahead_of_accumulate = .none,
-            .base = at.base,
-            .end = @min(end, page_end, at.base + format.page_tokens),
-        };
+        window.keys = at.keys;
+        window.values = at.values;
+        window.keys_for_many = null;
+        window.values_for_many = null;
+        window.base = at.base;
+        window.end = @min(seen.end, at.page_end, at.base + format.page_tokens);
+        window.all_seen = seen.start_for_all <= at.base and
+            window.end == at.base + format.page_tokens and window.end <= seen.end_for_all;
+        window.ahead_of_score = .none;
+        window.ahead_of_update = .none;
+        window.ahead_of_accumulate = .none;
         window.look_ahead(route);
-        return window;
     }
 
     fn look_ahead(window: *Window, route: *const Route) void {
