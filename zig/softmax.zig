@@ -2,10 +2,13 @@
 //! and the running softmax over pages. Called by step.zig through the kernel table.
 const std = @import("std");
 const vec = @import("vec.zig");
-const exp2 = @import("exp2.zig").exp2;
+const exp2_file = @import("exp2.zig");
+const exp2 = exp2_file.exp2;
 const format = @import("format.zig");
 const score = @import("score.zig");
-const Ahead = @import("ahead.zig").Ahead;
+const ahead_file = @import("ahead.zig");
+const Ahead = ahead_file.Ahead;
+const Spread = ahead_file.Spread;
 const F = vec.F;
 const I = vec.I;
 
@@ -130,31 +133,55 @@ fn update_rows(comptime rows: usize, args: *const UpdateArgs) void {
     if (args.any_hidden.*) args.any_hidden.* = sees_hidden(rows, args.scores);
     const hides = args.any_hidden.*;
     const corrections: [rows]f32 = exp2(rows, before - top);
-    const largest_weights: [rows]f32 = exp2(rows, largest - top);
+    const largest_weights: Rows = exp2(rows, largest - top);
     const tops: [rows]f32 = top;
+    // Stored before the weights are made, so that nothing of this waits until they are.
+    args.running.top[0..rows].* = tops;
+    args.corrections[0..rows].* = corrections;
+    args.largest[0..rows].* = largest_weights;
+    inline for (0..rows) |r| {
+        const lanes = args.running.sums + r * vec.lanes;
+        vec.store(lanes, vec.load(F, lanes) * vec.splat(corrections[r]));
+    }
     var spread = args.ahead.over(rows * format.blocks_per_page);
     var sums: [rows]F = undefined;
     inline for (&sums, 0..) |*sum, r| {
-        const scores: [*]f32 = &args.scores[r];
-        const lanes = args.running.sums + r * vec.lanes;
-        sum.* = vec.load(F, lanes) * vec.splat(corrections[r]);
-        inline for (0..format.blocks_per_page) |b| {
+        sum.* = make_weights(&args.scores[r], tops[r], hides, args.running.sums + r * vec.lanes, &spread);
+    }
+    const totals: Rows = vec.fold_each(.add, F, rows, &sums);
+    const is_minor = largest_weights <= totals * @as(Rows, @splat(minor_part));
+    @as(*[rows]u8, @ptrCast(args.minor)).* = @as(@Vector(rows, u8), @intFromBool(is_minor));
+}
+
+/// Of a row; adds them to its sums.
+inline fn make_weights(
+    scores: [*]f32,
+    top: f32,
+    hides: bool,
+    sums: [*]f32,
+    spread: *Spread,
+) F {
+    const together = exp2_file.together;
+    var sum = vec.load(F, sums);
+    comptime var first = 0;
+    inline while (first < format.blocks_per_page) : (first += together) {
+        const at = scores + first * vec.lanes;
+        var logits: [together]F = undefined;
+        var offsets: [together]F = undefined;
+        inline for (&logits, &offsets, 0..) |*logit, *offset, b| {
             spread.turn();
-            const logit = vec.load(F, scores + b * 16);
-            var weight = exp2(16, logit - vec.splat(tops[r]));
-            sum.* += weight;
-            if (hides) weight = @select(f32, is_hidden(logit), vec.splat(-0.0), weight);
-            vec.store(scores + b * 16, weight);
+            logit.* = vec.load(F, at + b * vec.lanes);
+            offset.* = logit.* - vec.splat(top);
         }
-        vec.store(lanes, sum.*);
+        var weights = exp2_file.exp2_each(vec.lanes, together, &offsets);
+        inline for (&weights) |weight| sum += weight;
+        if (hides) inline for (&weights, &logits) |*weight, logit| {
+            weight.* = @select(f32, is_hidden(logit), vec.splat(-0.0), weight.*);
+        };
+        inline for (&weights, 0..) |weight, b| vec.store(at + b * vec.lanes, weight);
     }
-    const totals: [rows]f32 = vec.fold_each(.add, F, rows, &sums);
-    inline for (0..rows) |r| {
-        args.running.top[r] = tops[r];
-        args.corrections[r] = corrections[r];
-        args.largest[r] = largest_weights[r];
-        args.minor[r] = largest_weights[r] <= totals[r] * minor_part;
-    }
+    vec.store(sums, sum);
+    return sum;
 }
 
 inline fn is_hidden(logits: F) @Vector(vec.lanes, bool) {
