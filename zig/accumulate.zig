@@ -67,14 +67,20 @@ pub fn accumulate_float(
         const at = args.outputs + r * args.output_stride + (chunk + i) * vec.lanes;
         sums[r][i] = vec.load(F, at) * vec.splat(args.corrections[r]);
     };
+    // Not read from `args` again and again: `vec.times` may have changed it, for all LLVM knows.
+    var weights: [rows][*]const f32 = undefined;
+    inline for (&weights, 0..) |*of_row, r| of_row.* = &args.weights[r];
+    var at = args.values + args.first_slot * row_bytes + chunk * chunk_bytes;
+    var values: [flight]F = undefined;
+    inline for (&values, 0..) |*some, i| some.* = vec.early(T.load(at + i * chunk_bytes));
     for (args.first_slot..args.end_slot) |slot| {
-        const at = slot * row_bytes + chunk * chunk_bytes;
         spread.turn();
-        var values: [flight]F = undefined;
-        inline for (0..flight) |i| values[i] = T.load(args.values + at + i * chunk_bytes);
-        inline for (0..rows) |r| {
-            const weights: [*]const f32 = &args.weights[r];
-            inline for (0..flight) |i| sums[r][i] += vec.times(values[i], weights, slot);
+        // The next slot's are converted before this one's are used.
+        const used = values;
+        if (slot + 1 < args.end_slot) at += row_bytes;
+        inline for (&values, 0..) |*some, i| some.* = vec.early(T.load(at + i * chunk_bytes));
+        inline for (&sums, weights) |*of_row, of_weights| {
+            inline for (of_row, used) |*sum, some| sum.* += vec.times(some, of_weights, slot);
         }
     }
     inline for (0..rows) |r| inline for (0..flight) |i| {

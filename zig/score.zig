@@ -37,35 +37,78 @@ pub fn score(comptime T: type, comptime rows: usize, args: *const ScoreArgs) voi
 }
 
 /// Dot products along the dimension, 16 lanes wide. As many tokens at a time as there is room for
-/// sums, which are then reduced together.
+/// sums, which are then reduced together, if need be with those of other tokens.
 fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) void {
-    @setEvalBranchQuota(100_000); // everything below is unrolled
     const tokens = comptime std.math.floorPowerOfTwo(usize, @max(1, vec.sums_max / rows));
-    const chunk_bytes = vec.lanes * @sizeOf(T.Element);
+    const together = if (vec.wide_registers) format.block_slots else tokens;
     const chunks = args.dim / vec.lanes;
-    const q = args.query;
     var slot = args.first_slot / tokens * tokens;
     const end = std.mem.alignForward(usize, args.end_slot, tokens);
     var spread = args.ahead.over((end - slot) / tokens * chunks);
-    while (slot < end) : (slot += tokens) {
-        var sums: [rows * tokens]F = @splat(vec.splat(0));
-        for (0..chunks) |chunk| {
-            spread.turn();
-            var keys: [tokens]F = undefined;
-            inline for (0..tokens) |t| {
-                const at = ((slot + t) * chunks + chunk) * chunk_bytes;
-                keys[t] = T.load(args.keys + at);
+    var at = args.keys + slot * args.dim * @sizeOf(T.Element);
+    var keys = load_keys(T, tokens, at, args.dim);
+    var sums: [rows][together]F = undefined;
+    while (slot < end) {
+        const first = slot / together * together;
+        while (slot < @min(end, first + together)) : (slot += tokens) {
+            const next = if (slot + tokens < end) at + tokens * args.dim * @sizeOf(T.Element) else at;
+            const some = dot_float(T, rows, tokens, args, at, next, &keys, &spread);
+            inline for (&sums, some) |*of_row, some_of_row| {
+                of_row[slot - first ..][0..tokens].* = some_of_row;
             }
-            inline for (0..rows) |r| {
-                const x = vec.load(F, q.values + (args.row + r) * q.dim + chunk * vec.lanes);
-                inline for (0..tokens) |t| sums[r * tokens + t] += keys[t] * x;
-            }
+            at = next;
         }
-        const scores: [rows * tokens]f32 = vec.fold_each(.add, F, rows * tokens, &sums);
-        inline for (0..rows) |r| {
-            @memcpy(args.scores[r][slot..][0..tokens], scores[r * tokens ..][0..tokens]);
+        if (vec.wide_registers) {
+            inline for (args.scores[0..rows], &sums) |*scores, *of_row| {
+                vec.store(@as([*]f32, scores) + first, vec.fold_each(.add, F, together, of_row));
+            }
+        } else {
+            const scores: [rows][tokens]f32 =
+                @bitCast(vec.fold_each(.add, F, rows * tokens, @ptrCast(&sums)));
+            inline for (args.scores[0..rows], scores) |*of_row, some| {
+                of_row[first..][0..tokens].* = some;
+            }
         }
     }
+}
+
+inline fn load_keys(comptime T: type, comptime tokens: usize, at: [*]const u8, dim: usize) [tokens]F {
+    var keys: [tokens]F = undefined;
+    inline for (&keys, 0..) |*key, t| key.* = vec.early(T.load(at + t * dim * @sizeOf(T.Element)));
+    return keys;
+}
+
+/// Sums of all tokens at `at` and all rows. `keys` has the first chunk of each; afterwards that of
+/// the tokens at `next`.
+inline fn dot_float(
+    comptime T: type,
+    comptime rows: usize,
+    comptime tokens: usize,
+    args: *const ScoreArgs,
+    at: [*]const u8,
+    next: [*]const u8,
+    keys: *[tokens]F,
+    spread: *Spread,
+) [rows][tokens]F {
+    @setEvalBranchQuota(100_000); // everything below is unrolled
+    const q = args.query;
+    const chunk_bytes = vec.lanes * @sizeOf(T.Element);
+    var query = q.values + args.row * q.dim;
+    var sums: [rows][tokens]F = @splat(@splat(vec.splat(0)));
+    const chunks = args.dim / vec.lanes;
+    for (1..chunks + 1) |following| {
+        spread.turn();
+        // The next keys are converted before these are used.
+        const used = keys.*;
+        const from = if (following < chunks) at + following * chunk_bytes else next;
+        keys.* = load_keys(T, tokens, from, args.dim);
+        inline for (&sums, 0..) |*of_row, r| {
+            const x = vec.load(F, query + r * q.dim);
+            inline for (of_row, used) |*sum, key| sum.* += key * x;
+        }
+        query += vec.lanes;
+    }
+    return sums;
 }
 
 /// Exact integer dot products of a group for 16 slots at a time, then one multiplication by the

@@ -170,6 +170,15 @@ pub inline fn times(x: F, numbers: [*]const f32, index: usize) F {
     return x * splat(numbers[index]);
 }
 
+/// x, computed where this stands and not where it is used, for all LLVM may find nicer.
+pub inline fn early(x: F) F {
+    if (!has.avx512) return x;
+    return asm (""
+        : [same] "=v" (-> F),
+        : [x] "0" (x),
+    );
+}
+
 // ---- which value is outermost ----
 
 /// A value, in a form in which outer ones are quickly found.
@@ -261,51 +270,36 @@ inline fn transpose_reduce(
     vectors: *const [n]V,
 ) V {
     const T = @typeInfo(V).vector.child;
-    var current: [n]V = undefined;
-    inline for (0..n) |l| current[comptime bit_reversed(n, l)] = vectors[l];
-    comptime var segment = lanes;
+    var current = vectors.*;
+    comptime var half = lanes / 2;
     comptime var pairs = n / 2;
     inline while (pairs > 0) : ({
-        segment /= 2;
+        half /= 2;
         pairs /= 2;
     }) {
-        const low = comptime low_halves(segment);
-        const high = comptime high_halves(segment);
+        const same, const other = comptime .{ same_halves(half), other_halves(half) };
         inline for (0..pairs) |i| {
             const a = current[i];
             const b = current[i + pairs];
-            current[i] = combine(op, @shuffle(T, a, b, low), @shuffle(T, a, b, high));
+            current[i] = combine(op, @shuffle(T, a, b, same), @shuffle(T, a, b, other));
         }
     }
     return current[0];
 }
 
-fn bit_reversed(n: usize, index: usize) usize {
-    var result: usize = 0;
-    var bit: usize = 1;
-    while (bit < n) : (bit *= 2) {
-        result *= 2;
-        if (index & bit != 0) result += 1;
-    }
-    return result;
-}
-
-/// Shuffle mask: the lower half of every segment of a, then of b.
-fn low_halves(comptime segment: usize) [lanes]i32 {
+/// Shuffle mask: the lower half of every segment of a and the upper one of b, where they are.
+fn same_halves(comptime half: usize) [lanes]i32 {
     var mask: [lanes]i32 = undefined;
-    var k: usize = 0;
-    for (0..2) |operand| for (0..lanes / segment) |s| for (0..segment / 2) |i| {
-        const lane: i32 = @intCast(s * segment + i);
-        mask[k] = if (operand == 0) lane else ~lane;
-        k += 1;
-    };
+    for (&mask, 0..) |*from, lane| from.* = if (lane & half == 0) lane else ~@as(i32, lane);
     return mask;
 }
 
-fn high_halves(comptime segment: usize) [lanes]i32 {
-    var mask = low_halves(segment);
-    const shift: i32 = segment / 2;
-    for (&mask) |*lane| lane.* += if (lane.* >= 0) shift else -shift;
+/// The other halves, in each other's place.
+fn other_halves(comptime half: usize) [lanes]i32 {
+    var mask: [lanes]i32 = undefined;
+    for (&mask, 0..) |*from, lane| {
+        from.* = if (lane & half == 0) lane + half else ~@as(i32, lane - half);
+    }
     return mask;
 }
 
