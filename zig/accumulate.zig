@@ -71,14 +71,13 @@ pub fn accumulate_float(
     var weights: [rows][*]const f32 = undefined;
     inline for (&weights, 0..) |*of_row, r| of_row.* = &args.weights[r];
     var at = args.values + args.first_slot * row_bytes + chunk * chunk_bytes;
-    var values: [flight]F = undefined;
-    inline for (&values, 0..) |*some, i| some.* = vec.early(T.load(at + i * chunk_bytes));
+    var values = load_values(T, flight, at);
     for (args.first_slot..args.end_slot) |slot| {
         spread.turn();
-        // The next slot's are converted before this one's are used.
+        if (!vec.converts_early) values = load_values(T, flight, at);
         const used = values;
-        if (slot + 1 < args.end_slot) at += row_bytes;
-        inline for (&values, 0..) |*some, i| some.* = vec.early(T.load(at + i * chunk_bytes));
+        if (!vec.converts_early or slot + 1 < args.end_slot) at += row_bytes;
+        if (vec.converts_early) values = load_values(T, flight, at);
         inline for (&sums, weights) |*of_row, of_weights| {
             inline for (of_row, used) |*sum, some| sum.* += vec.times(some, of_weights, slot);
         }
@@ -86,6 +85,14 @@ pub fn accumulate_float(
     inline for (0..rows) |r| inline for (0..flight) |i| {
         vec.store(args.outputs + r * args.output_stride + (chunk + i) * vec.lanes, sums[r][i]);
     };
+}
+
+inline fn load_values(comptime T: type, comptime flight: usize, at: [*]const u8) [flight]F {
+    var values: [flight]F = undefined;
+    inline for (&values, 0..) |*some, i| {
+        some.* = vec.early(T.load(at + i * vec.lanes * @sizeOf(T.Element)));
+    }
+    return values;
 }
 
 /// Softmax weights and scales are 15-bit fixed point, relative to the largest of the page.

@@ -47,6 +47,12 @@ pub const Spread = struct {
     }
 };
 
+/// All lines of a row, into the nearest cache.
+pub fn fetch_row(row: []const f32) void {
+    var i: usize = 0;
+    while (i < row.len) : (i += line_bytes / @sizeOf(f32)) @prefetch(row.ptr + i, .{});
+}
+
 inline fn fetch(line: [*]const u8) void {
     // WebAssembly has no prefetch. Nothing waits for a load whose result is not used, until the
     // processor's window is full; and as lines follow each other, its own prefetchers run ahead.

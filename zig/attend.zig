@@ -4,6 +4,7 @@
 //! on one thread or many. Called by abi.zig and attend_many.zig; calls the kernel table, state.zig,
 //! spill.zig and threads.zig.
 const std = @import("std");
+const ahead = @import("ahead.zig");
 const block_file = @import("block.zig");
 const cache_file = @import("cache.zig");
 const dispatch = @import("dispatch.zig");
@@ -24,9 +25,6 @@ const Request = request_file.Request;
 const State = @import("state.zig").State;
 const Tier = @import("tier.zig").Tier;
 const window_file = @import("window.zig");
-const Place = window_file.Place;
-const Route = window_file.Route;
-const Seen = window_file.Seen;
 const Window = window_file.Window;
 
 /// Positions of a chunk: small enough to share among threads, large enough that merging costs
@@ -382,7 +380,7 @@ pub const Work = struct {
         const plain = request.scale * softmax.log2_e;
         const factor = if (softcap == 0) plain else 2 * plain / softcap;
         for (0..work.rows) |r| {
-            if (r + rows_ahead < work.rows) fetch(work.query_row(r + rows_ahead));
+            if (r + rows_ahead < work.rows) ahead.fetch_row(work.query_row(r + rows_ahead));
             work.job.table.prepare[@backingInt(tier.key.format)](&.{
                 .source = work.query_row(r).ptr,
                 .source_dim = work.job.cache.config.head_dim,
@@ -395,7 +393,7 @@ pub const Work = struct {
     }
 
     /// Positions that rows of the block may see within a unit.
-    fn seen(work: *const Work, unit: Unit) Seen {
+    fn seen(work: *const Work, unit: Unit) window_file.Seen {
         const first = work.visible(0);
         const last = work.visible(work.rows - 1); // later queries see later positions
         return .{
@@ -412,7 +410,7 @@ pub const Work = struct {
     }
 
     /// Where this thread goes on after that: in the next tier, or with its next task.
-    fn place_after(work: *const Work, unit: Unit) ?Place {
+    fn place_after(work: *const Work, unit: Unit) ?window_file.Place {
         const job = work.job;
         if (job.blocks > 1) return null; // the same page again, from a near cache
         if (job.split) {
@@ -428,7 +426,7 @@ pub const Work = struct {
         return work.place_of(job.unit_at(0), work.next_task);
     }
 
-    fn place_of(work: *const Work, unit: Unit, head: usize) ?Place {
+    fn place_of(work: *const Work, unit: Unit, head: usize) ?window_file.Place {
         const range = work.seen(unit);
         if (range.start >= range.end) return null;
         return .{ .tier = work.job.cache.run(unit.run), .position = range.start, .head = head };
@@ -461,7 +459,7 @@ pub const Work = struct {
         const range = work.seen(unit);
         defer spill.leave(tier, range.start, range.end, work.head);
         const after = work.place_after(unit);
-        const route: Route = .init(tier, work.head, work.ahead_end(unit), after);
+        const route: window_file.Route = .init(tier, work.head, work.ahead_end(unit), after);
         var block: Block = undefined;
         var window: Window = undefined;
         var position = range.start;
@@ -500,8 +498,3 @@ pub const Work = struct {
 
 /// Rows of one kv head lie far apart, where the processor does not look ahead by itself.
 const rows_ahead = 4;
-
-fn fetch(row: []const f32) void {
-    var i: usize = 0;
-    while (i < row.len) : (i += 16) @prefetch(row.ptr + i, .{});
-}

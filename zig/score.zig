@@ -45,13 +45,14 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
     var slot = args.first_slot / tokens * tokens;
     const end = std.mem.alignForward(usize, args.end_slot, tokens);
     var spread = args.ahead.over((end - slot) / tokens * chunks);
-    var at = args.keys + slot * args.dim * @sizeOf(T.Element);
-    var keys = load_keys(T, tokens, at, args.dim);
+    const row_bytes = args.dim * @sizeOf(T.Element);
+    var at = args.keys + slot * row_bytes;
+    var keys = load_keys(T, tokens, at, row_bytes);
     var sums: [rows][together]F = undefined;
     while (slot < end) {
         const first = slot / together * together;
         while (slot < @min(end, first + together)) : (slot += tokens) {
-            const next = if (slot + tokens < end) at + tokens * args.dim * @sizeOf(T.Element) else at;
+            const next = if (slot + tokens < end) at + tokens * row_bytes else at;
             const some = dot_float(T, rows, tokens, args, at, next, &keys, &spread);
             inline for (&sums, some) |*of_row, some_of_row| {
                 of_row[slot - first ..][0..tokens].* = some_of_row;
@@ -72,9 +73,15 @@ fn score_float(comptime T: type, comptime rows: usize, args: *const ScoreArgs) v
     }
 }
 
-inline fn load_keys(comptime T: type, comptime tokens: usize, at: [*]const u8, dim: usize) [tokens]F {
+/// A chunk of each token.
+inline fn load_keys(
+    comptime T: type,
+    comptime tokens: usize,
+    at: [*]const u8,
+    row_bytes: usize,
+) [tokens]F {
     var keys: [tokens]F = undefined;
-    inline for (&keys, 0..) |*key, t| key.* = vec.early(T.load(at + t * dim * @sizeOf(T.Element)));
+    inline for (&keys, 0..) |*key, t| key.* = vec.early(T.load(at + t * row_bytes));
     return keys;
 }
 
@@ -92,21 +99,23 @@ inline fn dot_float(
 ) [rows][tokens]F {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const q = args.query;
+    const row_bytes = args.dim * @sizeOf(T.Element);
     const chunk_bytes = vec.lanes * @sizeOf(T.Element);
-    var query = q.values + args.row * q.dim;
-    var sums: [rows][tokens]F = @splat(@splat(vec.splat(0)));
     const chunks = args.dim / vec.lanes;
-    for (1..chunks + 1) |following| {
+    var sums: [rows][tokens]F = @splat(@splat(vec.splat(0)));
+    for (0..chunks) |chunk| {
         spread.turn();
-        // The next keys are converted before these are used.
+        const here = at + chunk * chunk_bytes;
+        if (!vec.converts_early) keys.* = load_keys(T, tokens, here, row_bytes);
         const used = keys.*;
-        const from = if (following < chunks) at + following * chunk_bytes else next;
-        keys.* = load_keys(T, tokens, from, args.dim);
+        if (vec.converts_early) {
+            const after = if (chunk + 1 < chunks) here + chunk_bytes else next;
+            keys.* = load_keys(T, tokens, after, row_bytes);
+        }
         inline for (&sums, 0..) |*of_row, r| {
-            const x = vec.load(F, query + r * q.dim);
+            const x = vec.load(F, q.values + (args.row + r) * q.dim + chunk * vec.lanes);
             inline for (of_row, used) |*sum, key| sum.* += key * x;
         }
-        query += vec.lanes;
     }
     return sums;
 }

@@ -146,7 +146,8 @@ fn update_rows(comptime rows: usize, args: *const UpdateArgs) void {
     var spread = args.ahead.over(rows * format.blocks_per_page);
     var sums: [rows]F = undefined;
     inline for (&sums, 0..) |*sum, r| {
-        sum.* = make_weights(&args.scores[r], tops[r], hides, args.running.sums + r * vec.lanes, &spread);
+        const running = args.running.sums + r * vec.lanes;
+        sum.* = make_weights(&args.scores[r], tops[r], hides, running, &spread);
     }
     const totals: Rows = vec.fold_each(.add, F, rows, &sums);
     const is_minor = largest_weights <= totals * @as(Rows, @splat(minor_part));

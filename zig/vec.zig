@@ -170,9 +170,13 @@ pub inline fn times(x: F, numbers: [*]const f32, index: usize) F {
     return x * splat(numbers[index]);
 }
 
-/// x, computed where this stands and not where it is used, for all LLVM may find nicer.
+/// Whether numbers are best loaded and converted a step before they are used. A processor that
+/// looks ahead by few instructions (Zen 4: 64 that wait for operands) else stops for each.
+pub const converts_early = has.avx512;
+
+/// x, computed where this stands, which LLVM would otherwise do where it is used.
 pub inline fn early(x: F) F {
-    if (!has.avx512) return x;
+    if (!converts_early) return x;
     return asm (""
         : [same] "=v" (-> F),
         : [x] "0" (x),
