@@ -44,6 +44,8 @@ def test_version(capsys):
         ["demo", "--tail", "many"],
         ["plan", "--layers", "0"],
         ["plan", "--memory", "8 bananas"],
+        ["plan", "qwen3-8b", "--warm-length", "-1"],
+        ["plan", "qwen3-8b", "--warm-length", "64", "--warm-precision", "q4k"],
         ["bench", "--store", "q9"],
         ["bench", "--heads", "0"],
         ["completion", "csh"],

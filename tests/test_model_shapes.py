@@ -35,9 +35,44 @@ def test_planned_bytes_are_those_of_a_cache(core: Any, store: Any) -> None:
     assert row.tokens_per_gb == 10**9 // row.bytes_per_token
 
 
+@pytest.mark.parametrize("warm", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("store", ["q8", ("q8", "q4"), "q4", "q4k", "q2k"])
+def test_planned_bytes_of_a_warm_tier_are_those_of_a_cache(
+    core: Any, warm: Any, store: Any
+) -> None:
+    """Where pages are full, to the byte; at any length, but for pages that are not full."""
+    fields: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 64, "tail_length": 64,
+                              "store_precision": store, "max_tokens": 4096}  # fmt: skip
+    layers = (Layers(count=3, num_kv_heads=2, head_dim=64),)
+    given = {"batch": 2, "tail": 64, "sinks": 0, "memory": None, "warm_precision": warm}
+
+    def planned(context: int, warm_length: int) -> Any:
+        (row,) = plan_rows(
+            layers, context=context, warm_length=warm_length, stores=(store,), **given
+        )
+        return row
+
+    def held(context: int, warm_length: int) -> int:
+        cache = kvz.TwoTierCache(core=core, warm_length=warm_length, warm_precision=warm, **fields)
+        cache.append(*[np.zeros((context, 2, 64), np.float32)] * 2)
+        return int(3 * 2 * cache.nbytes)
+
+    narrower = kvz.CacheConfig(**fields, warm_precision=warm)
+    has_warm_tier = narrower.warm_bytes_per_token > narrower.store_bytes_per_token
+    for context, length in ((512, 128), (512, 448), (512, 1024), (192, 128), (64, 128)):
+        row = planned(context, length)
+        assert row.has_warm_tier is has_warm_tier
+        assert row.cache_bytes == held(context, length if has_warm_tier else 0)
+    assert row.bytes_per_token == 3 * narrower.store_bytes_per_token
+    page = 3 * 2 * 64
+    most = page * (narrower.tail_bytes_per_token + 2 * narrower.warm_bytes_per_token)
+    for context in (1, 130, 227, 228, 300, 700) if has_warm_tier else ():
+        assert 0 <= held(context, 100) - planned(context, 100).cache_bytes <= most
+
+
 def test_what_fits_is_the_longest_that_does() -> None:
     layers = MODELS["gpt-oss-20b"]
-    fields: dict[str, Any] = {"batch": 3, "tail": 64, "sinks": 4}
+    fields: dict[str, Any] = {"batch": 3, "tail": 64, "sinks": 4, "warm_length": 1000}
     rows = plan_rows(layers, context=1, memory=10**8, **fields)
     for row, store in zip(rows, STORES, strict=True):
         assert row.fitting_context is not None
@@ -120,6 +155,48 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         **{"q6k": 6.3125, "q5k": 5.3125, "q4k": 4.3125, "q3k": 3.3125, "q2k": 2.3125},
     }
     assert printed["batch"] == 3
+
+
+def test_the_command_counts_a_warm_tier(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the store takes fewer bits; what others are compared with has none."""
+    plan = ["plan", "--layers", "1", "--kv-heads", "1", "--head-dim", "64", "--context", "1000"]
+    bytes_of = {"f32": 512, "f16": 256, "q8": 136, "q4": 72}  # of a token
+    for warm, options in (("q8", []), ("q4", ["--warm-precision", "q4"])):
+        options = ["--tail", "100", "--warm-length", "300", *options]
+        assert cli.main([*plan, *options, "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert (printed["warm_length"], printed["warm_precision"]) == (300, warm)
+        rows = {row["store"]: row for row in printed["rows"]}
+        for store, size in bytes_of.items():
+            passes = (warm, store) == ("q8", "q4")
+            assert rows[store]["has_warm_tier"] is passes
+            tail, middle = 512 if store == "f32" else 256, bytes_of[warm] if passes else size
+            assert rows[store]["cache_bytes"] == 100 * tail + 300 * middle + 600 * size
+        assert rows["q4k"]["has_warm_tier"]
+        assert cli.main([*plan, *options]) == 0
+        table = capsys.readouterr().out
+        assert f"\nThe 300 tokens before the newest are in {warm} where" in table
+        (f16,) = (line.split() for line in table.splitlines() if line.startswith("f16 "))
+        assert f16[4] == "1.00x"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--warm-precision", "q8"], "--warm-precision: there is no warm tier without"),
+        (["--warm-length", "64", "--store", "q8"], "more bits than the store q8, got q8"),
+        (["--warm-length", "64", "--store", "q4", "--store", "f16"], "the store f16, got q8"),
+        (["--warm-length", "64", "--store", "lossless"], "more bits than the store lossless"),
+        (["--warm-length", str(1 << 41)], "warm_length: expected at most"),
+    ],
+)
+def test_a_warm_tier_that_cannot_be_is_code_1(
+    options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "qwen3-8b", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("kvz: error: ")
+    assert text in error
 
 
 @pytest.mark.parametrize(

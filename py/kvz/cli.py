@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvz.options import count, given_of, positive, size, store
+from kvz.options import WARM_PRECISIONS, count, given_of, positive, size, store
 
 CORES = ("native", "wasm")
 STORE_HELP = "q4, q8, f16, ..., q8/q4, a preset such as balanced (default: q4)"
@@ -191,14 +191,11 @@ def add_plan(commands: Any) -> None:
     option("--memory", type=size, metavar="SIZE", help="also say what fits: 8GB, 512MiB, ...")
     option("--tail", type=count, metavar="N", default=256, help="tail_length (default: 256)")
     option("--sinks", type=count, metavar="N", default=0, help="sink_tokens (default: 0)")
-    option(
-        "--store",
-        type=store,
-        action="append",
-        dest="stores",
-        metavar="FORMAT",
-        help="only this: q4, q8/q4, a preset such as balanced; may be repeated",
-    )
+    option("--warm-length", type=count, metavar="N", default=0,
+           help="tokens of a warm tier before stores of fewer bits (default: 0)")  # fmt: skip
+    option("--warm-precision", choices=WARM_PRECISIONS, help="of the warm tier (default: q8)")
+    option("--store", type=store, action="append", dest="stores", metavar="FORMAT",
+           help="only this: q4, q8/q4, a preset such as balanced; may be repeated")  # fmt: skip
     option("--json", action="store_true", dest="as_json", help="print a JSON object")
     plan.set_defaults(run=run_plan)
 
@@ -219,14 +216,23 @@ def run_plan(options: argparse.Namespace) -> int:
         layers = (Layers(count=numbers[0], num_kv_heads=numbers[1], head_dim=numbers[2]),)
     else:
         raise InvalidArgumentError("model: expected one, or --layers, --kv-heads and --head-dim")
-    names = ("context", "batch", "tail", "sinks", "memory")
+    if options.warm_precision and not options.warm_length:
+        raise InvalidArgumentError("--warm-precision: there is no warm tier without --warm-length")
+    options.warm_precision = options.warm_precision or "q8"
+    names = ("context", "batch", "tail", "sinks", "memory", "warm_length", "warm_precision")
     given = {name: getattr(options, name) for name in names}
     rows = plan_rows(layers, **given, **({"stores": options.stores} if options.stores else {}))
+    for row in rows if options.stores and options.warm_length else ():
+        if not row.has_warm_tier:
+            raise InvalidArgumentError(
+                f"--warm-precision: expected one of more bits than the store {row.store}, "
+                f"got {options.warm_precision}"
+            )
     if options.as_json:
         result = {"layers": list(map(asdict, layers)), **given, "rows": list(map(asdict, rows))}
         print(json.dumps(result, indent=2))
     else:
-        (plain,) = plan_rows(layers, **given, stores=("f16",))
+        (plain,) = plan_rows(layers, **{**given, "warm_length": 0}, stores=("f16",))
         print_plan(options, layers, rows, plain.cache_bytes)
     return 0
 
@@ -254,6 +260,11 @@ def print_plan(options: argparse.Namespace, layers: Any, rows: Any, plain: int) 
         f"{options.tail}\ntokens and the first {options.sinks} in f16 (f32 beside f32). Pages "
         "that are not full come on top."
     )
+    if options.warm_length:
+        caption += (
+            f"\nThe {options.warm_length} tokens before the newest are in "
+            f"{options.warm_precision} where the store takes fewer bits."
+        )
     print_table(head, cells, caption)
 
 

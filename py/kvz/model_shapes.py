@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvz.config import CacheConfig
+from kvz.config import CacheConfig, PrecisionLike
 from kvz.errors import InvalidArgumentError
 from kvz.presets import STORES, Preset, Store, as_preset
 
@@ -164,12 +164,14 @@ class Row:
     bytes_per_token : int
         Of one sequence, in the store, where every layer holds the token.
     cache_bytes : int
-        Of `batch` sequences of `context` tokens, sinks and tail included; pages that are not yet
-        full come on top.
+        Of `batch` sequences of `context` tokens, sinks, tail and warm tier included; pages that
+        are not yet full come on top.
     tokens_per_gb : int
         Tokens that the store holds in 10^9 bytes.
     fitting_context : int, optional
         The longest context of every sequence that `memory` bytes hold.
+    has_warm_tier : bool
+        Whether any layer has one: its store takes fewer bits than `warm_precision`.
     """
 
     store: str
@@ -177,6 +179,7 @@ class Row:
     cache_bytes: int
     tokens_per_gb: int
     fitting_context: int | None
+    has_warm_tier: bool
 
 
 def plan_rows(
@@ -187,15 +190,16 @@ def plan_rows(
     tail: int,
     sinks: int,
     memory: int | None,
+    warm_length: int = 0,
+    warm_precision: PrecisionLike = "q8",
     stores: Sequence[Store] = STORES,
 ) -> list[Row]:
     """Work out a table, one row for each store."""
+    tiers = {"tail_length": tail, "warm_length": warm_length, "warm_precision": warm_precision}
     rows = []
     for store in stores:
         preset = as_preset(store)
-        pairs = [
-            each for one in layers for each in _configs(one, preset, tail_length=tail, sinks=sinks)
-        ]
+        pairs = [each for one in layers for each in _configs(one, preset, sinks, tiers)]
         needed = partial(_bytes_of_all, pairs, batch)
         per_token = sum(one.count * config.store_bytes_per_token for one, config in pairs)
         rows.append(
@@ -205,6 +209,7 @@ def plan_rows(
                 cache_bytes=needed(context),
                 tokens_per_gb=10**9 // per_token,
                 fitting_context=None if memory is None else _most(needed, memory),
+                has_warm_tier=any(config.warm_length for _, config in pairs),
             )
         )
     return rows
@@ -215,31 +220,37 @@ def _bytes_of_all(pairs: Sequence[tuple[Layers, CacheConfig]], batch: int, token
 
 
 def _configs(
-    layers: Layers, preset: Preset, *, tail_length: int, sinks: int
+    layers: Layers, preset: Preset, sinks: int, tiers: Mapping[str, Any]
 ) -> Iterator[tuple[Layers, CacheConfig]]:
     """Give those of the layers that are stored alike; layers of one kind take stores in turn."""
     for index, store in enumerate(preset.stores):
         count = len(range(index, layers.count, len(preset.stores)))
         if count:
-            yield (
-                replace(layers, count=count),
-                preset.config(
-                    index,
-                    num_kv_heads=layers.num_kv_heads,
-                    head_dim=layers.head_dim,
-                    max_tokens=1 << 40,
-                    tail_length=tail_length,
-                    tail_precision="f32" if store == "f32" else "f16",
-                    sink_tokens=0 if layers.window else sinks,
-                ),
+            config = preset.config(
+                index,
+                num_kv_heads=layers.num_kv_heads,
+                head_dim=layers.head_dim,
+                max_tokens=1 << 40,
+                tail_precision="f32" if store == "f32" else "f16",
+                sink_tokens=0 if layers.window else sinks,
+                **tiers,
             )
+            # A warm tier is a step on the way to fewer bits; there is none before a wider store.
+            if config.warm_bytes_per_token <= config.store_bytes_per_token:
+                config = replace(config, warm_length=0)
+            yield replace(layers, count=count), config
 
 
 def _bytes(layers: Layers, config: CacheConfig, tokens: int) -> int:
     """Bytes of one layer of one sequence."""
     held = min(tokens, layers.window or tokens)
     exact = min(held, config.tail_length + config.sink_tokens)
-    return exact * config.tail_bytes_per_token + (held - exact) * config.store_bytes_per_token
+    warm = min(held - exact, config.warm_length)
+    return (
+        exact * config.tail_bytes_per_token
+        + warm * config.warm_bytes_per_token
+        + (held - exact - warm) * config.store_bytes_per_token
+    )
 
 
 def _most(needed: Callable[[int], int], memory: int) -> int:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 PRECISIONS = ("f32", "f16", "bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
+WARM_PRECISIONS = ("f32", "f16", "bf16", "q8", "q4")
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
