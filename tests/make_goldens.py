@@ -1,23 +1,27 @@
-"""Writes golden/stored_values.json with the reference: run it, then review the diff.
+"""Writes the files of golden/ with the reference: run it, then review the diff.
 
     python tests/make_goldens.py
 
-The inputs come from integer arithmetic alone: no library's random numbers are part of the file.
+The inputs come from integer arithmetic alone: no library's random numbers are part of a file.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvz.reference import Format
+import kvz
+from kvz.reference import Format, ReferenceCache
 from kvz.reference.formats import offset_of
 
-PATH = Path(__file__).parent / "golden" / "stored_values.json"
+FOLDER = Path(__file__).parent / "golden"
+PATH = FOLDER / "stored_values.json"
+WARM_PATH = FOLDER / "warm_tier.json"
 Floats = NDArray[np.float32]
 
 
@@ -32,15 +36,22 @@ def from_hex(lines: list[str]) -> Floats:
     return np.array(found).astype(np.float32)
 
 
-def inputs(dim: int) -> Floats:
-    """Four rows: bell-shaped values, one with an outlier, tiny ones with zeros, and exact ties."""
-    state, x = 12345, np.zeros((4, dim), np.float32)
-    for i in np.ndindex(3, dim):
+def bell_shaped(rows: int, dim: int) -> Floats:
+    """Rows of values that are multiples of 2^-16: sums of four dice of -32768..32767."""
+    state, x = 12345, np.zeros((rows, dim), np.float32)
+    for i in np.ndindex(rows, dim):
         total = 0
-        for _ in range(4):  # four dice of -32768..32767 are bell-shaped
+        for _ in range(4):
             state = (state * 1103515245 + 12345) % 2**31
             total += state // 2**15 - 2**15
         x[i] = np.float32(total) / np.float32(2**16)
+    return x
+
+
+def inputs(dim: int) -> Floats:
+    """Four rows: bell-shaped values, one with an outlier, tiny ones with zeros, and exact ties."""
+    x = np.zeros((4, dim), np.float32)
+    x[:3] = bell_shaped(3, dim)
     x[1, dim // 3] *= 40
     x[2] *= np.float32(2**-21)
     x[2, dim // 2 :] = 0
@@ -69,5 +80,37 @@ def cases() -> list[dict[str, Any]]:
     return made
 
 
+def warm_cases() -> dict[str, Any]:
+    """One stream through sinks, store, warm tier and tail, where q8 becomes q4, rotated or not."""
+    given = bell_shaped(100, 33)
+    given[::7, 11] *= 40  # outliers
+    made = []
+    for rotation in ("auto", "on", "off"):  # "auto" rotates on the way from one to the other
+        config = kvz.CacheConfig(
+            num_kv_heads=1,
+            head_dim=33,
+            tail_length=5,
+            store_precision="q4",
+            migration_batch=4,
+            sink_tokens=3,
+            rotation=rotation,
+            warm_length=20,
+            warm_precision="q8",
+        )
+        cache = ReferenceCache(config)
+        cache.append(given[:, None], given[:, None])
+        keys, values = cache.get_all_kv()
+        assert np.array_equal(keys, values)
+        made.append(
+            {
+                "config": config.to_dict(),
+                "stats": asdict(cache.stats()),
+                "stored": as_hex(keys[:, 0]),
+            }
+        )
+    return {"given": as_hex(given), "cases": made}
+
+
 if __name__ == "__main__":
     PATH.write_text(json.dumps(cases(), indent=1) + "\n")
+    WARM_PATH.write_text(json.dumps(warm_cases(), indent=1) + "\n")
