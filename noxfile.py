@@ -256,7 +256,7 @@ def evaluate(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["build"], reuse_venv=True)
 def bench(session: nox.Session) -> None:
-    """Measure kvz and its peers (25 minutes); `-- --quick` shows that everything runs."""
+    """Measure kvz and its peers (30 minutes); `-- --quick` shows that everything runs."""
     install_wheel(session, "--force-reinstall", "--no-deps")
     install_wheel(session, *group("bench"))
     if "--quick" not in session.posargs:

@@ -77,10 +77,19 @@ def _map(path: Path) -> NDArray[Any]:
 
 def right_answer(job: Job, data: Data, folder: Path) -> Floats:
     """Return float64 attention over the data, computed by the first that asks."""
-    shape = job.tokens, job.queries, job.heads, job.kv_heads, job.head_dim
-    path = folder / f"answer-{'-'.join(map(str, shape))}.npy"
+    return _kept(job, folder / "answer", lambda: attend_exactly(job, data))
+
+
+def right_logits(job: Job, exact: Callable[[], Floats], folder: Path) -> Floats:
+    """Return what a model says when it computes in float64, computed by the first that asks."""
+    return _kept(job, folder / "logits", exact)
+
+
+def _kept(job: Job, path: Path, make: Callable[[], NDArray[Any]]) -> Floats:
+    shape = job.tokens, job.queries, job.new, job.heads, job.kv_heads, job.head_dim
+    path = path.with_name(f"{path.name}-{'-'.join(map(str, shape))}.npy")
     if not path.exists():
-        np.save(path, attend_exactly(job, data))
+        np.save(path, make())
     return np.asarray(np.load(path))
 
 

@@ -9,7 +9,7 @@ from contestants import width
 
 from workload import Job
 
-CASES = ("decode", "linear", "prefill", "append", "overhead", "shapes", "wasm")
+CASES = ("decode", "linear", "prefill", "append", "overhead", "shapes", "wasm", "forward")
 OURS_ALONE = ("linear", "shapes", "wasm")  # cases that compare kvz with itself
 SMALL = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # the shape of a small model
 STREAM_CALLS = 4096
@@ -17,7 +17,7 @@ ROUNDS = 5  # in which everything that is compared takes its turn
 HEAT_BYTES = 4 << 30  # of caches that are held at the same time
 
 # A step of which every sample would cost more seconds than this is left out.
-SLOW_SECONDS = {"prefill": 2.5}
+SLOW_SECONDS = {"prefill": 2.5, "forward": 2.5}
 SLOW_SECONDS_ELSE = 1.0
 
 
@@ -36,6 +36,7 @@ class Size:
     ratios: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 16, 64)  # of query heads to kv heads
     head_dims: tuple[int, ...] = (64, 80, 96, 128, 256)
     wasm: int = 4096
+    forward: tuple[tuple[int, int], ...] = ((0, 512), (2048, 512), (2048, 1))  # past, new
     cold_bytes: int = 256 << 20
     seconds: float = 0.75
     linear_seconds: float = 1.5
@@ -55,6 +56,7 @@ QUICK = replace(
     ratios=(1, 4, 5),
     head_dims=(80, 128),
     wasm=512,
+    forward=((320, 16), (320, 1)),
     cold_bytes=8 << 20,
     seconds=0.02,
     linear_seconds=0.02,
@@ -93,6 +95,9 @@ def jobs(
             yield job("shapes", size.shapes, size.seconds / 2, heads=8 * ratio, head_dim=dim)
     if "wasm" in cases and threads == 1:
         yield job("wasm", size.wasm)
+    if "forward" in cases:
+        for past, new in size.forward:
+            yield job("forward", past, 2 * size.seconds, new=new, cold_bytes=0, **SMALL)
 
 
 Entrant = tuple[str, Job]  # a contestant's name, and what it is to do
@@ -135,6 +140,8 @@ def _order(heat: Sequence[Entrant]) -> tuple[int, ...]:
 
 def weight(job: Job) -> float:
     """Return roughly how long a job takes against others, for the time that is left."""
+    if job.case == "forward":
+        return 1.5 * job.seconds + 3
     values = job.tokens * job.kv_heads * job.head_dim * 2
     steps = job.flops / 150e9 if job.case == "prefill" else values / 5e8
     return 1.5 * job.seconds + 0.5 + values / 1.5e8 + 6 * steps

@@ -12,7 +12,7 @@ from typing import Any
 from contestants import NAMES, width
 from limits import limit
 
-COLOURS = dict(zip(NAMES, (f"C{i}" for i in (3, 7, 1, 0, 2, 4, 5, 6, 8)), strict=True))
+COLOURS = dict(zip(NAMES, (f"C{i}" for i in (3, 7, 1, 0, 2, 4, 5, 6, 8, 9, 9)), strict=True))
 STYLES = {32: ":", 16: "-.", 8: "--", 4: "-"}
 MARKERS = {32: "s", 16: "^", 8: "o", 4: "D"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import plots
 import targets
-from contestants import VARIANTS, width
+from contestants import FORWARD, VARIANTS, width
 from heat import describe
 from limits import limit
 
@@ -31,9 +31,11 @@ error against what is stored. Except for `overhead`, the step goes round over so
 none is found in the CPU's own caches. `of read`: stored bytes over time, as a share of the measured
 read bandwidth. `ratio`: the time of the fastest other library of the same width over the row's own
 time, so that more than 1 is faster; for WebAssembly, the time of the native kernels for 128-bit
-vectors over its own. `of a copy`: the time over that of copying the float32 input to memory that is
-in no cache, on one thread. onnxruntime and openvino append the step's tokens, too. What is compared
-took turns within the same minutes, and the read bandwidth of a decode was measured among them.
+vectors over its own; through a model of transformers, the time with `DynamicCache` over that with
+the row's cache, where everything else that the model does takes its time, too, and `error` is that
+of the logits. `of a copy`: the time over that of copying the float32 input to memory that is in no
+cache, on one thread. onnxruntime and openvino append the step's tokens, too. What is compared took
+turns within the same minutes, and the read bandwidth of a decode was measured among them.
 """
 
 TITLES = {
@@ -43,6 +45,7 @@ TITLES = {
     "stream": "Append: single tokens, each one timed",
     "overhead": "Overhead: one query, {past} tokens in one cache",
     "wasm": "WebAssembly: one query, {past} tokens",
+    "forward": "Transformers: a small model reads {new} after {past} tokens",
 }
 
 
@@ -105,9 +108,9 @@ def section(run: Run, results: Sequence[Result]) -> str:
         by_row.setdefault((one["name"], one["job"]["kv"]), {})[one["job"]["threads"]] = one
     title = TITLES[job["case"]].format(**job)
     heads = f"{job['heads']}/{job['kv_heads']} heads of {job['head_dim']}"
-    attends = job["case"] in ("decode", "prefill")
+    attends = job["case"] in ("decode", "prefill", "forward")
     header = ["", *(["bits"] if attends else []), "error"]
-    header += ["computing"] if job["case"] not in ("append", "stream") else []
+    header += ["computing"] if job["case"] not in ("append", "stream", "forward") else []
     for count in counts:
         named = columns(job["case"])
         header += [f"{named[0]}, {count} thread{'s' * (count > 1)}", *named[1:], "ratio"]
@@ -188,6 +191,7 @@ def columns(case: str) -> list[str]:
         "stream": ["median us", "99 %", "max"],
         "overhead": ["us"],
         "wasm": ["us"],
+        "forward": ["us"],
     }[case]
 
 
@@ -228,7 +232,15 @@ def flops(job: dict[str, Any]) -> int:
 
 
 def fastest_peer(one: Result, results: Sequence[Result]) -> float | None:
-    """Return the least time of another library at the same width and number of threads."""
+    """Return the least time of another library at the same width and number of threads.
+
+    Of a forward, return that of the cache which models have by default.
+    """
+    if one["job"]["case"] == "forward":
+        peers = (x for x in results if x["name"] == FORWARD[0] != one["name"])
+        return next(
+            (x["median"] for x in peers if x["job"]["threads"] == one["job"]["threads"]), None
+        )
     wanted = width(one["job"]["kv"]), one["job"]["threads"]
     variant = one["name"] in VARIANTS
     own = one["name"] if variant else "kvz"

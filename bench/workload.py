@@ -30,9 +30,10 @@ class Job:
 
     Attributes
     ----------
-    case : {"decode", "linear", "prefill", "append", "stream", "overhead", "shapes", "wasm"}
-        "stream" is "append" with the time of every single call; "linear", "shapes" and "wasm" are
-        a "decode", compared over tokens, over shapes, and of the WebAssembly core.
+    case : str
+        "decode", "prefill", "append" or "overhead"; "stream", an "append" with the time of every
+        single call; "linear", "shapes" or "wasm", a "decode" that is compared over tokens, over
+        shapes, and of the WebAssembly core; "forward", of a whole model.
     past, new : int
         Tokens in the cache before the step, and tokens that the step brings. A decode and a call
         on a tiny cache attend with one query to `past` tokens.
@@ -56,7 +57,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens in the cache when the queries attend."""
-        return self.past + self.new if self.case == "prefill" else self.past
+        return self.past + self.new if self.case in ("prefill", "forward") else self.past
 
     @property
     def queries(self) -> int:
@@ -193,6 +194,11 @@ def check(
         right = right if same else attend_exactly(job, Data(data.query, *held))
         errors["error"] = _bounded("computing error", _distance(got, right), tolerance)
     return errors
+
+
+def check_model(one: Any, right: NDArray[Any], tolerance: float) -> dict[str, float]:
+    """Refuse a model whose answer is farther than `tolerance` from the `right` one."""
+    return {"error_data": _bounded("error", _distance(one.output(), right), tolerance)}
 
 
 def _distance(got: Floats, right: NDArray[Any]) -> float:
