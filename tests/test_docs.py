@@ -8,19 +8,32 @@ from xml.etree import ElementTree
 
 import pytest
 
+from kvz import cli
 from support import DOCS, run_page
 
 PAGES = sorted(DOCS.glob("*.md"))
+WITH_CODE = [page for page in PAGES if "\n```python\n" in page.read_text("utf-8")]
 #: Their code wants a model of another library: it runs in test_transformers_cache.py and
 #: test_mlx_lm.py.
 WITH_A_MODEL = ("howto-transformers.md", "howto-mlx.md")
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in WITH_A_MODEL], ids=lambda page: page.name
+    "page",
+    [page for page in WITH_CODE if page.name not in WITH_A_MODEL],
+    ids=lambda page: page.name,
 )
 def test_the_code_of_a_page_runs(page: Path) -> None:
     run_page(page.name, {})
+
+
+def test_commands_print_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "command-line.md").read_text("utf-8")
+    shown = re.findall(r"^```console\n\$ kvz (.*?)\n(.*?)^```", text, re.M | re.S)
+    assert len(shown) == 2
+    for command, output in shown:
+        assert cli.main(command.split()) == 0
+        assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -175,7 +175,7 @@ def test_the_command_counts_a_warm_tier(capsys: pytest.CaptureFixture[str]) -> N
         assert rows["q4k"]["has_warm_tier"]
         assert cli.main([*plan, *options]) == 0
         table = capsys.readouterr().out
-        assert f"\nThe 300 tokens before the newest are in {warm} where" in table
+        assert f"the 300 before the newest in {warm} where" in " ".join(table.split())
         (f16,) = (line.split() for line in table.splitlines() if line.startswith("f16 "))
         assert f16[4] == "1.00x"
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,20 +252,22 @@ def print_plan(options: argparse.Namespace, layers: Any, rows: Any, plain: int) 
         line += [f"{ratio:.2f}x", f"{row.tokens_per_gb:,}"]
         cells.append(line + ([f"{row.fitting_context:,}"] if options.memory is not None else []))
     parts = [
-        f"{one.count} layers of {one.num_kv_heads} kv heads x {one.head_dim}"
-        + (f", window {one.window}" if one.window else "")
+        f"{one.count} layers of {one.num_kv_heads} kv head{'s' * (one.num_kv_heads > 1)} x "
+        f"{one.head_dim}" + (f", window {one.window}" if one.window else "")
         for one in layers
     ]
+    first = f" and the first {options.sinks}" if options.sinks else ""
+    wider = " (f32 beside f32)" if any(row.store == "f32" for row in rows) else ""
     caption = (
-        f"{'; '.join(parts)}. {options.batch} sequence{'s' * (options.batch > 1)}; the newest "
-        f"{options.tail}\ntokens and the first {options.sinks} in f16 (f32 beside f32). Pages "
-        "that are not full come on top."
+        f"{'; '.join(parts)}. {options.batch} sequence{'s' * (options.batch > 1)}. The newest "
+        f"{options.tail} tokens{first} are in f16{wider}"
     )
     if options.warm_length:
         caption += (
-            f"\nThe {options.warm_length} tokens before the newest are in "
-            f"{options.warm_precision} where the store takes fewer bits."
+            f", the {options.warm_length} before the newest in {options.warm_precision} where the "
+            "store takes fewer bits"
         )
+    caption = textwrap.fill(f"{caption}. Pages that are not full come on top.", 80)
     print_table(head, cells, caption)
 
 
