@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -214,3 +217,31 @@ def cuts(total: int, seed: int) -> list[slice]:
     rng = np.random.default_rng(seed)
     edges = np.unique(np.concatenate([[0, total], rng.integers(0, total + 1, 9)]))
     return [slice(int(a), int(b)) for a, b in pairwise(edges)]
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    """Run each in a thread of its own, from one starting line; errors come out."""
+    line = threading.Barrier(len(works))
+
+    def run(work: Callable[[], Any]) -> Any:
+        line.wait()
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(run, work) for work in works]]
+
+
+@contextmanager
+def leaving(finished: threading.Event) -> Iterator[None]:
+    """Set `finished` at the end, also if that is an error: the other threads wait for it."""
+    try:
+        yield
+    finally:
+        finished.set()
+
+
+def wait_for_more(seen: Sized, finished: threading.Event) -> None:
+    """Wait until another thread has added to `seen`: somebody looks between any two steps."""
+    before = len(seen)
+    while len(seen) == before and not finished.is_set():
+        time.sleep(0)

@@ -8,8 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 
 import kvz
 from kvz import _core, arrays, config, errors
+from support import together
 
 SIZED = ["PoolConfig", "PoolStats", "CacheConfig", "TokenLayout", "AttendOptions", "CacheStats"]
 
@@ -347,24 +348,19 @@ def test_null_is_freed_without_harm(loaded: _core.Core) -> None:
 def test_messages_belong_to_their_thread() -> None:
     """Each thread reads what its own call said, however many fail at once."""
     core = _core.load("native")
-    wrong: list[str] = []
 
-    def fail(field: str) -> None:
-        made = Calls(core)
+    def fail(field: str) -> list[str]:
+        made, wrong = Calls(core), []
         given = made.settings(**{field: 0})
         for _ in range(500):
             status, _ = made.new_cache(given)
             if status == 0 or field not in made.message():
                 wrong.append(made.message())
         made.close()
+        return wrong
 
     fields = ["num_kv_heads", "head_dim", "max_tokens", "migration_batch"]
-    threads = [threading.Thread(target=fail, args=(field,)) for field in fields]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert together(*(partial(fail, field) for field in fields)) == [[]] * 4
 
 
 # -- Loading ---------------------------------------------------------------------------------------

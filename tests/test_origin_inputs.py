@@ -16,7 +16,7 @@ import pytest
 
 import kvz
 from kvz._core import load
-from support import agree, make, queries, stream, twins
+from support import agree, leaving, make, queries, stream, together, twins, wait_for_more
 
 # -- D. Input and configuration ------------------------------------------------------------------
 
@@ -140,27 +140,27 @@ def test_bug_36_no_memory_is_an_error(core: Any) -> None:
 
 def beside_a_writer(cache: Any, read: Callable[[], None], tokens: int = 3000) -> None:
     """Call `read` again and again while another thread appends tokens that are their position."""
-    failures: list[BaseException] = []
     finished = threading.Event()
+    looked: list[None] = []
 
+    @leaving(finished)
     def write() -> None:
-        try:
-            for first in range(0, tokens, 3):
-                numbers = np.arange(first, first + 3, dtype=np.float32)[:, None, None]
-                both = np.ascontiguousarray(np.broadcast_to(numbers, (3, 2, 32)))
-                cache.append(both, both)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            finished.set()
+        for first in range(0, tokens, 3):
+            numbers = np.arange(first, first + 3, dtype=np.float32)[:, None, None]
+            both = np.ascontiguousarray(np.broadcast_to(numbers, (3, 2, 32)))
+            cache.append(both, both)
+            if first % 30 == 0:
+                wait_for_more(looked, finished)
 
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    while not finished.is_set():
-        read()
-    writer.join(timeout=60)
-    assert not failures
+    @leaving(finished)
+    def look() -> None:
+        while not finished.is_set():
+            read()
+            looked.append(None)
+
+    together(write, look)
     assert cache.next_position == tokens
+    assert len(looked) >= tokens / 30
 
 
 def exact(core: Any, **fields: Any) -> Any:
@@ -196,14 +196,7 @@ def test_bug_39_four_writers_get_distinct_positions(core: Any) -> None:
     """As many positions as tokens, whoever appended them."""
     cache = exact(core, max_tokens=4096)
     one = np.ones((1, 2, 32), np.float32)
-    writers = [
-        threading.Thread(target=lambda: [cache.append(one, one) for _ in range(200)])
-        for _ in range(4)
-    ]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    together(*[lambda: [cache.append(one, one) for _ in range(200)]] * 4)
     assert len(cache) == cache.next_position == 800
     assert len(set(cache.positions.tolist())) == 800
 
@@ -226,19 +219,26 @@ def test_bug_40_readers_and_an_evicting_writer_do_not_deadlock(core: Any) -> Non
 def test_bug_41_counters_are_of_one_moment_and_fall_again(core: Any) -> None:
     """In one snapshot bytes and counts agree; what is in use falls when it is given back."""
     pool = kvz.BufferPool(core=core)
+    finished = threading.Event()
+    looked: list[None] = []
 
     def churn() -> None:
-        for _ in range(200):
+        for step in range(200):
             pool.acquire(kvz.BufferSize.KB4).release()
+            if step % 10 == 0:
+                wait_for_more(looked, finished)
 
-    threads = [threading.Thread(target=churn) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        now = pool.stats()
-        assert now.hits + now.misses - now.returns - now.drops == now.bytes_in_use // 4096
-        assert now.bytes_free == now.free_buffers[1] * 4096
-        assert now.bytes_in_use <= now.bytes_high_water <= 3 * 4096
+    @leaving(finished)
+    def look() -> None:
+        while pool.stats().returns + pool.stats().drops < 600:
+            now = pool.stats()
+            assert now.hits + now.misses - now.returns - now.drops == now.bytes_in_use // 4096
+            assert now.bytes_free == now.free_buffers[1] * 4096
+            assert now.bytes_in_use <= now.bytes_high_water <= 3 * 4096
+            looked.append(None)
+
+    together(look, churn, churn, churn)
+    assert len(looked) >= 20
     now = pool.stats()
     assert now.hits + now.misses == now.returns + now.drops == 600
     assert (now.bytes_in_use, now.allocations) == (0, now.misses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 
 import kvz
 from kvz import AlignedBuffer, BufferPool, BufferSize, PooledBlock
-from support import make, rows, same_bits, stream
+from support import make, rows, same_bits, stream, together
 
 SIZES = {"KB1": 1024, "KB4": 4096, "KB16": 16384, "KB64": 65536, "KB256": 262144}
 
@@ -329,11 +329,7 @@ def test_threads_may_share_a_pool(core: Any) -> None:
                 if not (view == mark).all():
                     wrong.append(step)
 
-    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*(partial(work, mark) for mark in range(4)))
     now = pool.stats()
     assert wrong == []
     assert (now.bytes_in_use, now.hits + now.misses, now.returns + now.drops) == (0, 600, 600)

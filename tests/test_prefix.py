@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 import kvz
-from support import KINDS, configure, make, same_bits
+from support import KINDS, configure, make, same_bits, together
 
 
 def run(cache: Any, tokens: Any) -> None:
@@ -217,28 +217,22 @@ def test_bad_arguments_are_refused(core: str) -> None:
 
 def test_threads_share_one(core: str) -> None:
     """Everybody finds a cache of the tokens asked for, whatever the others do."""
-    wrong: list[Any] = []
     with kvz.PrefixCache(max_bytes=1 << 20) as prefixes:
 
-        def work(seed: int) -> None:
-            rng = np.random.default_rng(seed)
-            try:
-                for _ in range(30):
-                    tokens = rng.integers(0, 2, 8).tolist()
-                    cache, found = prefixes.fork(tokens)
-                    cache = cache or make(core)
-                    with cache:
-                        run(cache, tokens[found:])
-                        prefixes.insert(tokens, cache)
-                        with make(core) as model:
-                            run(model, tokens)
-                            assert cache.digest() == model.digest()
-            except BaseException as error:
-                wrong.append(error)
+        def work(seed: int) -> int:
+            rng, hits = np.random.default_rng(seed), 0
+            for _ in range(30):
+                tokens = rng.integers(0, 2, 8).tolist()
+                cache, found = prefixes.fork(tokens)
+                cache = cache or make(core)
+                hits += found > 0
+                with cache:
+                    run(cache, tokens[found:])
+                    prefixes.insert(tokens, cache)
+                    with make(core) as model:
+                        run(model, tokens)
+                        assert cache.digest() == model.digest()
+            return hits
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
+        hits = together(*(partial(work, seed) for seed in range(4)))
+    assert min(hits) > 0

@@ -124,7 +124,6 @@ def test_what_it_says(core: Any) -> None:
     assert full._repr_html_().count("<tr>") == 3
     assert plain._repr_html_().count("<td>-</td>") == 4
     assert set(full.to_dict()) == {"tokens", "precision", "keys", "values", "logits", "logit_rms"}
-    cache.append(*stream(cache.config, 1))
 
 
 def test_a_model_tells_of_all_its_layers(core: Any) -> None:

@@ -123,8 +123,10 @@ def test_a_spilled_cache_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_layers_share_a_budget(tmp_path: Path) -> None:
     pool = spilling(tmp_path, budget=3 * BUDGET)
     fields = {**FIELDS, "head_dim": 32}
-    with kvz.ModelCache(None, 3, pool=pool, **fields) as model, make("native", **fields) as plain:
-        plain = kvz.ModelCache(None, 3, core="native", **fields)
+    with (
+        kvz.ModelCache(None, 3, pool=pool, **fields) as model,
+        kvz.ModelCache(None, 3, core="native", **fields) as plain,
+    ):
         keys, values = stream(model[0].config, TOKENS)
         for start in range(0, TOKENS, RUN):
             for one in (model, plain):

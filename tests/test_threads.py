@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 import kvz
-from support import KINDS, Floats, configure, make, make_from, queries, same_bits, stream
+from support import (
+    KINDS,
+    Floats,
+    configure,
+    leaving,
+    make,
+    make_from,
+    queries,
+    same_bits,
+    stream,
+    together,
+    wait_for_more,
+)
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -24,25 +33,12 @@ def numbered(first: int, count: int, heads: int, dim: int) -> Floats:
     return np.ascontiguousarray(np.broadcast_to(numbers[:, None, None], (count, heads, dim)))
 
 
-def together(*works: Callable[[], Any]) -> list[Any]:
-    """Run each in a thread of its own, from one starting line; errors come out."""
-    line = threading.Barrier(len(works))
-
-    def run(work: Callable[[], Any]) -> Any:
-        line.wait()
-        return work()
-
-    with ThreadPoolExecutor(len(works)) as pool:
-        return [future.result() for future in [pool.submit(run, work) for work in works]]
-
-
-@contextmanager
-def leaving(finished: threading.Event) -> Iterator[None]:
-    """Set `finished` at the end, also if that is an error: the other threads wait for it."""
-    try:
-        yield
-    finally:
-        finished.set()
+def whole(numbers: Floats) -> None:
+    """Assert that these are three sinks and then consecutive positions, up to 200 in all."""
+    expected = np.arange(len(numbers))
+    if len(numbers) == 200 and numbers[-1] >= 200:
+        expected = np.concatenate([[0, 1, 2], np.arange(numbers[-1] - 196, numbers[-1] + 1)])
+    np.testing.assert_array_equal(numbers, expected)
 
 
 @kinds
@@ -52,24 +48,20 @@ def test_readers_never_see_a_torn_state(core: Any, kind: str) -> None:
     cache = make(core, kind, **fields, sink_tokens=3)
     steps, total = [1, 2, 17, 64, 5], 4000
     finished = threading.Event()
+    looked: list[None] = []
 
+    @leaving(finished)
     def write() -> int:
         first, turn = 0, 0
-        with leaving(finished):
-            while first < total:
-                count = steps[turn % len(steps)]
-                rows = numbered(first, count, 2, 32)
-                cache.append(rows, rows)
-                first, turn = first + count, turn + 1
+        while first < total:
+            count = steps[turn % len(steps)]
+            rows = numbered(first, count, 2, 32)
+            cache.append(rows, rows)
+            wait_for_more(looked, finished)
+            first, turn = first + count, turn + 1
         return first
 
-    def whole(numbers: Floats) -> None:
-        """Assert that these are the sinks and then consecutive positions, as many as fit."""
-        expected = np.arange(len(numbers))
-        if len(numbers) == 200 and numbers[-1] >= 200:
-            expected = np.concatenate([[0, 1, 2], np.arange(numbers[-1] - 196, numbers[-1] + 1)])
-        np.testing.assert_array_equal(numbers, expected)
-
+    @leaving(finished)
     def read() -> int:
         last, reads = -1.0, 0
         while not finished.is_set() or not reads:
@@ -80,8 +72,10 @@ def test_readers_never_see_a_torn_state(core: Any, kind: str) -> None:
             newest = float(keys[-1, 0, 0]) if len(keys) else -1.0
             assert newest >= last
             last, reads = newest, reads + 1
+            looked.append(None)
         return reads
 
+    @leaving(finished)
     def ask() -> int:
         reads, zero = 0, np.zeros((2, 32), np.float32)
         while not finished.is_set() or not reads:
@@ -95,8 +89,10 @@ def test_readers_never_see_a_torn_state(core: Any, kind: str) -> None:
                 newest = (mean * 200 - 3) / 197 + 98  # 3 sinks, 197 in a row
                 assert newest == pytest.approx(round(newest), abs=0.05)
             reads += 1
+            looked.append(None)
         return reads
 
+    @leaving(finished)
     def count() -> int:
         reads, last = 0, 0
         while not finished.is_set() or not reads:
@@ -107,6 +103,7 @@ def test_readers_never_see_a_torn_state(core: Any, kind: str) -> None:
                 assert sum(parts) == stats.total_tokens
             assert cache.next_position >= last
             last, reads = cache.next_position, reads + 1
+            looked.append(None)
         return reads
 
     written, *reads = together(write, read, ask, count)
@@ -126,14 +123,13 @@ def test_attention_never_sees_half_an_append(core: Any, kind: str) -> None:
 
     asked: list[None] = []
 
+    @leaving(finished)
     def write() -> None:
-        with leaving(finished):
-            for rows in ready:
-                before = len(asked)
-                cache.append(rows, rows)
-                while len(asked) == before and not finished.is_set():
-                    time.sleep(0)  # somebody looks between any two appends
+        for rows in ready:
+            cache.append(rows, rows)
+            wait_for_more(asked, finished)
 
+    @leaving(finished)
     def ask() -> int:
         zero, seen = np.zeros((2, 128), np.float32), set()
         while not finished.is_set():
@@ -147,7 +143,6 @@ def test_attention_never_sees_half_an_append(core: Any, kind: str) -> None:
             # an append by hundreds.
             for numbers in (held / block, (newest + 1) / block):
                 if np.abs(numbers - np.rint(numbers)).max() > 0.002:
-                    finished.set()
                     pytest.fail(f"half an append: {held:.2f} tokens up to {newest[0, 0]:.2f}")
             seen.add(round(float(newest[0, 0])))
         return len(seen)
