@@ -12,7 +12,8 @@ import pytest
 
 import kvz
 from kvz import bench, cli, completion, selftest
-from kvz.errors import CoreError
+from kvz.errors import CoreError, InvalidArgumentError
+from kvz.options import PRECISIONS, WARM_PRECISIONS
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,17 @@ def test_a_wrong_command_line_is_code_2(options, capsys):
         cli.main(options)
     assert stop.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_command_line_knows_the_precisions_of_a_config():
+    assert set(PRECISIONS) == {str(one) for one in kvz.Precision}
+    for precision in PRECISIONS:
+        fields = {"num_kv_heads": 1, "head_dim": 64, "warm_precision": precision}
+        if precision in WARM_PRECISIONS:
+            kvz.CacheConfig(**fields)
+        else:
+            with pytest.raises(InvalidArgumentError):
+                kvz.CacheConfig(**fields)
 
 
 SMALL = [

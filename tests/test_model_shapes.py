@@ -57,15 +57,15 @@ def test_planned_bytes_of_a_warm_tier_are_those_of_a_cache(
         cache.append(*[np.zeros((context, 2, 64), np.float32)] * 2)
         return int(3 * 2 * cache.nbytes)
 
-    narrower = kvz.CacheConfig(**fields, warm_precision=warm)
-    has_warm_tier = narrower.warm_bytes_per_token > narrower.store_bytes_per_token
+    config = kvz.CacheConfig(**fields, warm_precision=warm)
+    has_warm_tier = config.warm_bytes_per_token > config.store_bytes_per_token
     for context, length in ((512, 128), (512, 448), (512, 1024), (192, 128), (64, 128)):
         row = planned(context, length)
         assert row.has_warm_tier is has_warm_tier
         assert row.cache_bytes == held(context, length if has_warm_tier else 0)
-    assert row.bytes_per_token == 3 * narrower.store_bytes_per_token
+    assert row.bytes_per_token == 3 * config.store_bytes_per_token
     page = 3 * 2 * 64
-    most = page * (narrower.tail_bytes_per_token + 2 * narrower.warm_bytes_per_token)
+    most = page * (config.tail_bytes_per_token + 2 * config.warm_bytes_per_token)
     for context in (1, 130, 227, 228, 300, 700) if has_warm_tier else ():
         assert 0 <= held(context, 100) - planned(context, 100).cache_bytes <= most
 
@@ -176,6 +176,7 @@ def test_the_command_counts_a_warm_tier(capsys: pytest.CaptureFixture[str]) -> N
         assert cli.main([*plan, *options]) == 0
         table = capsys.readouterr().out
         assert f"the 300 before the newest in {warm} where" in " ".join(table.split())
+        assert "\n1 layer of 1 kv head x 64. 1 sequence. " in table
         (f16,) = (line.split() for line in table.splitlines() if line.startswith("f16 "))
         assert f16[4] == "1.00x"
 

@@ -223,12 +223,12 @@ def run_plan(options: argparse.Namespace) -> int:
     names = ("context", "batch", "tail", "sinks", "memory", "warm_length", "warm_precision")
     given = {name: getattr(options, name) for name in names}
     rows = plan_rows(layers, **given, **({"stores": options.stores} if options.stores else {}))
-    for row in rows if options.stores and options.warm_length else ():
-        if not row.has_warm_tier:
-            raise InvalidArgumentError(
-                f"--warm-precision: expected one of more bits than the store {row.store}, "
-                f"got {options.warm_precision}"
-            )
+    wide = [row.store for row in rows if not row.has_warm_tier]
+    if options.stores and options.warm_length and wide:
+        raise InvalidArgumentError(
+            f"--warm-precision: expected one of more bits than the store {wide[0]}, "
+            f"got {options.warm_precision}"
+        )
     if options.as_json:
         result = {"layers": list(map(asdict, layers)), **given, "rows": list(map(asdict, rows))}
         print(json.dumps(result, indent=2))
@@ -252,20 +252,21 @@ def print_plan(options: argparse.Namespace, layers: Any, rows: Any, plain: int) 
         line += [f"{ratio:.2f}x", f"{row.tokens_per_gb:,}"]
         cells.append(line + ([f"{row.fitting_context:,}"] if options.memory is not None else []))
     parts = [
-        f"{one.count} layers of {one.num_kv_heads} kv head{'s' * (one.num_kv_heads > 1)} x "
-        f"{one.head_dim}" + (f", window {one.window}" if one.window else "")
+        f"{one.count} layer{'s' * (one.count > 1)} of {one.num_kv_heads} "
+        f"kv head{'s' * (one.num_kv_heads > 1)} x {one.head_dim}"
+        + (f", window {one.window:,}" if one.window else "")
         for one in layers
     ]
     first = f" and the first {options.sinks}" if options.sinks else ""
     wider = " (f32 beside f32)" if any(row.store == "f32" for row in rows) else ""
     caption = (
         f"{'; '.join(parts)}. {options.batch} sequence{'s' * (options.batch > 1)}. The newest "
-        f"{options.tail} tokens{first} are in f16{wider}"
+        f"{options.tail:,} tokens{first} are in f16{wider}"
     )
     if options.warm_length:
         caption += (
-            f", the {options.warm_length} before the newest in {options.warm_precision} where the "
-            "store takes fewer bits"
+            f", the {options.warm_length:,} before the newest in {options.warm_precision} where "
+            "the store takes fewer bits"
         )
     caption = textwrap.fill(f"{caption}. Pages that are not full come on top.", 80)
     print_table(head, cells, caption)
