@@ -10,6 +10,7 @@ from contestants import width
 from workload import Job
 
 CASES = ("decode", "linear", "prefill", "append", "overhead", "shapes", "wasm", "forward")
+QUICK_CASES = tuple(case for case in CASES if case != "forward")  # which imports transformers
 OURS_ALONE = ("linear", "shapes", "wasm")  # cases that compare kvz with itself
 SMALL = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # the shape of a small model
 STREAM_CALLS = 4096

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contestants import NAMES, width
+from contestants import FORWARD, NAMES, width
 from limits import limit
 
-COLOURS = dict(zip(NAMES, (f"C{i}" for i in (3, 7, 1, 0, 2, 4, 5, 6, 8, 9, 9)), strict=True))
+DRAWN = [name for name in NAMES if name not in FORWARD]  # who decodes
+COLOURS = dict(zip(DRAWN, (f"C{i}" for i in (3, 7, 1, 0, 2, 4, 5, 6, 8)), strict=True))
 STYLES = {32: ":", 16: "-.", 8: "--", 4: "-"}
 MARKERS = {32: "s", 16: "^", 8: "o", 4: "D"}
 

@@ -234,19 +234,17 @@ def flops(job: dict[str, Any]) -> int:
 def fastest_peer(one: Result, results: Sequence[Result]) -> float | None:
     """Return the least time of another library at the same width and number of threads.
 
-    Of a forward, return that of the cache which models have by default.
+    A forward is compared with that over the cache which models have by default, at any width.
     """
-    if one["job"]["case"] == "forward":
-        peers = (x for x in results if x["name"] == FORWARD[0] != one["name"])
-        return next(
-            (x["median"] for x in peers if x["job"]["threads"] == one["job"]["threads"]), None
-        )
-    wanted = width(one["job"]["kv"]), one["job"]["threads"]
-    variant = one["name"] in VARIANTS
-    own = one["name"] if variant else "kvz"
-    peers = (x for x in results if x["name"] != own)
-    same = (x["median"] for x in peers if (width(x["job"]["kv"]), x["job"]["threads"]) == wanted)
-    return min(same, default=None)
+    job, name = one["job"], one["name"]
+    alike = [x for x in results if x["job"]["threads"] == job["threads"]]
+    if job["case"] == "forward":
+        peers = [x for x in alike if x["name"] == FORWARD[0] and name != FORWARD[0]]
+    else:
+        own = name if name in VARIANTS else "kvz"
+        same = [x for x in alike if width(x["job"]["kv"]) == width(job["kv"])]
+        peers = [x for x in same if x["name"] != own]
+    return min((x["median"] for x in peers), default=None)
 
 
 def scaling(found: dict[int, Result], counts: Sequence[int]) -> str:

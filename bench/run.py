@@ -26,7 +26,7 @@ import limits
 import report
 from contestants import FORWARD, NAMES, VARIANTS
 from crew import Worker
-from plan import CASES, Entrant, heats, weight
+from plan import CASES, QUICK_CASES, Entrant, heats, weight
 from progress import Progress, progress
 
 import data
@@ -68,8 +68,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="by default results.json in the folder")
     parser.add_argument("--out", type=Path, default=Path("build", "bench"), help="the folder")
     options = parser.parse_args(arguments)
-    # For so little, what the last case has to import takes too long.
-    options.cases = options.cases or (CASES[:-1] if options.size == "quick" else CASES)
+    options.cases = options.cases or (QUICK_CASES if options.size == "quick" else CASES)
     options.threads = options.threads or [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
     return options
 
