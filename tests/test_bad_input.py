@@ -204,7 +204,7 @@ def test_a_full_pool_stops_an_append_whole(core: Any, kind: str, tokens: int) ->
         cache.append(keys, values)
     # Room made elsewhere, or in the cache itself, is room.
     held = len(cache)
-    assert (held == 0) is (tokens == 300)  # of which the first ones did not fit
+    assert (held == 0) is (tokens == 300)  # a first append of 300 is more than the pool holds
     assert cache.trim(held) == held
     cache.clear()
     cache.append(keys[:1], values[:1])
