@@ -86,24 +86,26 @@ def warm_cases() -> dict[str, Any]:
     given[::7, 11] *= 40  # outliers
     made = []
     for rotation in ("auto", "on", "off"):  # "auto" rotates on the way from one to the other
-        config = kvz.CacheConfig(
-            num_kv_heads=1,
-            head_dim=33,
-            tail_length=5,
-            store_precision="q4",
-            migration_batch=4,
-            sink_tokens=3,
-            rotation=rotation,
-            warm_length=20,
-            warm_precision="q8",
-        )
-        cache = ReferenceCache(config)
+        config = {  # what a config gets later must not change this file
+            "num_kv_heads": 1,
+            "head_dim": 33,
+            "max_tokens": 4096,
+            "tail_length": 5,
+            "tail_precision": "f16",
+            "store_precision": "q4",
+            "migration_batch": 4,
+            "warm_length": 20,
+            "warm_precision": "q8",
+            "sink_tokens": 3,
+            "rotation": rotation,
+        }
+        cache = ReferenceCache(kvz.CacheConfig.from_dict(config))
         cache.append(given[:, None], given[:, None])
         keys, values = cache.get_all_kv()
         assert np.array_equal(keys, values)
         made.append(
             {
-                "config": config.to_dict(),
+                "config": config,
                 "stats": asdict(cache.stats()),
                 "stored": as_hex(keys[:, 0]),
             }
