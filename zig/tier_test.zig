@@ -93,7 +93,13 @@ test "what a window fetches ahead lies within one page" {
             const route: Route = .init(&tier, head, tier.end, after);
             var position: u64 = 0;
             while (position < tier.end) {
-                const window: Window = .init(&route, position, tier.end);
+                var window: Window = undefined;
+                window.start(&route, position, .{
+                    .start = 0,
+                    .end = tier.end,
+                    .start_for_all = 0,
+                    .end_for_all = tier.end,
+                });
                 try std.testing.expect(window.ahead_of_score.lines > 0);
                 for ([_]Ahead{
                     window.ahead_of_score,
