@@ -103,7 +103,7 @@ const tiny: f32 = 1e-30;
 
 /// Bits of the low one of two planes. Beside codes that fill a byte, 7 are the most that no
 /// instruction set saturates at.
-fn low_bits(comptime T: type) comptime_int {
+pub fn low_bits(comptime T: type) comptime_int {
     return if (T.bits == 8) 7 else 8;
 }
 
@@ -122,10 +122,10 @@ fn unit_one(comptime T: type) f32 {
 
 /// 15-bit integers of 64 slots, as 16-bit lanes: (j, j+32) of the first pair of blocks, then (j+16,
 /// j+48) of the second.
-const Slots = [2]dot.Halves;
+pub const Slots = [2]dot.Halves;
 
 /// Integer weights of a block of rows for one group.
-fn Weights(comptime rows: usize, comptime planes: usize) type {
+pub fn Weights(comptime rows: usize, comptime planes: usize) type {
     return struct {
         /// (plane, row, quad of tokens): four int8 a word; word j holds the tokens j, j+16, j+32,
         /// j+48. The last plane is the low one.
@@ -153,7 +153,7 @@ fn accumulate_integer(comptime T: type, comptime rows: usize, args: *const Accum
 
 /// Multiplies the outputs so far by the corrections, which are one wherever the page has no larger
 /// logit than those before it: for most pages there is nothing to do.
-inline fn rescale(comptime rows: usize, args: *const AccumulateArgs) void {
+pub inline fn rescale(comptime rows: usize, args: *const AccumulateArgs) void {
     inline for (0..rows) |r| if (args.corrections[r] != 1) {
         var column: usize = 0;
         while (column < args.dim) : (column += vec.lanes) {
@@ -171,45 +171,25 @@ fn accumulate_planes(
 ) void {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     const groups = args.dim / format.group;
-    const scales = args.values + groups * T.group_bytes;
     const parts = parts_of_group(rows, planes);
     var spread = args.ahead.over(groups * (T.loads_per_group(.value) * parts + 1 + rows));
     const Rows = @Vector(rows, f32);
     const largest_weights: Rows = args.largest[0..rows].*;
-    const inverses: [rows]f32 = @as(Rows, @splat(weight_one)) /
-        vec.max(largest_weights, @as(Rows, @splat(tiny)));
-    var slots: [rows]Slots = undefined;
-    inline for (0..rows) |r| {
-        var blocks: [format.blocks_per_page]F = undefined;
-        inline for (&blocks, 0..) |*block, b| {
-            block.* = vec.load(F, @as([*]const f32, &args.weights[r]) + b * vec.lanes);
-        }
-        slots[r] = to_slots(&blocks, inverses[r]);
-    }
+    const slots = weight_slots(rows, args);
     // Weights of several groups before their dot products: their chains of operations overlap.
     var weights: [groups_at_once]Weights(rows, planes) = undefined;
     var first: usize = 0;
     while (first < groups) : (first += groups_at_once) {
         const count = @min(groups_at_once, groups - first);
-        const largest = largest_scales(T, args, scales, first, count);
-        const factors: [groups_at_once]f32 =
-            @as(Few, @splat(scale_one(T))) / @max(largest, @as(Few, @splat(tiny)));
-        const units: [groups_at_once]f32 = largest * @as(Few, @splat(unit_one(T)));
         var of_scales: [groups_at_once]Slots = undefined;
-        for (of_scales[0..count], first.., factors[0..count]) |*scale, g, factor| {
-            spread.turn();
-            scale.* = to_slots(&load_scales(T, scales, g), factor);
-        }
+        const units = scale_slots(T, args, first, count, &of_scales);
+        for (0..count) |_| spread.turn();
         var shifts: [rows]u4 = @splat(0);
-        if (T.bits <= 4) shifts = spare_bits(T, rows, &slots, of_scales[0..count]);
-        var dropped: [rows]f32 = @splat(1);
-        inline for (&dropped, shifts, 0..) |*x, shift, r| {
-            const alone = T.bits <= 4 and (planes == 1 or args.minor[r]);
-            if (alone) x.* = @floatFromInt(@as(u32, 256) >> shift);
-        }
+        if (T.bits <= 4) shifts = spare_bits(T, rows, &slots, &.of(of_scales[0..count]));
+        const dropped = dropped_units(T, rows, planes, args.minor, &shifts);
         for (weights[0..count], of_scales[0..count], units[0..count]) |*w, *scale, unit| {
             split_products(T, rows, planes, &slots, scale, args.minor, &shifts, w, &spread);
-            w.units = largest_weights * @as(Rows, @splat(unit)) * @as(Rows, dropped);
+            w.units = largest_weights * @as(Rows, @splat(unit)) * dropped;
         }
         for (weights[0..count], first..) |*w, g| {
             accumulate_group(T, rows, planes, args, g, w, &spread);
@@ -217,8 +197,58 @@ fn accumulate_planes(
     }
 }
 
-const groups_at_once = 4;
+pub const groups_at_once = 4;
 const Few = @Vector(groups_at_once, f32);
+
+pub inline fn weight_slots(comptime rows: usize, args: *const AccumulateArgs) [rows]Slots {
+    const Rows = @Vector(rows, f32);
+    const largest: Rows = args.largest[0..rows].*;
+    const inverses: [rows]f32 = @as(Rows, @splat(weight_one)) /
+        vec.max(largest, @as(Rows, @splat(tiny)));
+    var slots: [rows]Slots = undefined;
+    inline for (&slots, inverses, 0..) |*some, inverse, r| {
+        var blocks: [format.blocks_per_page]F = undefined;
+        inline for (&blocks, 0..) |*block, b| {
+            block.* = vec.load(F, @as([*]const f32, &args.weights[r]) + b * vec.lanes);
+        }
+        some.* = to_slots(&blocks, inverse);
+    }
+    return slots;
+}
+
+/// Slots of the scales of `count` groups, and what their units are worth.
+pub inline fn scale_slots(
+    comptime T: type,
+    args: *const AccumulateArgs,
+    first: usize,
+    count: usize,
+    slots: *[groups_at_once]Slots,
+) [groups_at_once]f32 {
+    const scales = args.values + args.dim / format.group * T.group_bytes;
+    const largest = largest_scales(T, args, scales, first, count);
+    const factors: [groups_at_once]f32 =
+        @as(Few, @splat(scale_one(T))) / @max(largest, @as(Few, @splat(tiny)));
+    for (slots[0..count], first.., factors[0..count]) |*some, g, factor| {
+        some.* = to_slots(&load_scales(T, scales, g), factor);
+    }
+    return largest * @as(Few, @splat(unit_one(T)));
+}
+
+/// What a unit of the weights of each row is worth more because low bits are dropped.
+pub inline fn dropped_units(
+    comptime T: type,
+    comptime rows: usize,
+    comptime planes: usize,
+    minor: [*]const bool,
+    shifts: *const [rows]u4,
+) @Vector(rows, f32) {
+    var dropped: [rows]f32 = @splat(1);
+    inline for (&dropped, shifts, 0..) |*x, shift, r| {
+        const alone = T.bits <= 4 and (planes == 1 or minor[r]);
+        if (alone) x.* = @floatFromInt(@as(u32, 256) >> shift);
+    }
+    return dropped;
+}
 
 inline fn load_scales(comptime T: type, scales: [*]const u8, g: usize) [format.blocks_per_page]F {
     var blocks: [format.blocks_per_page]F = undefined;
@@ -275,7 +305,7 @@ inline fn multiply(a: *const Slots, b: *const Slots) Slots {
 }
 
 /// Packs the products of a group into planes, and sums them where codes have an offset.
-inline fn split_products(
+pub inline fn split_products(
     comptime T: type,
     comptime rows: usize,
     comptime planes: usize,
@@ -323,27 +353,37 @@ inline fn split_products(
     weights.biases = totals *% @as(@Vector(rows, i32), @splat(-T.offset));
 }
 
+/// The outermost slots of some groups' scales.
+pub const Outer = struct {
+    most: Slots,
+    least: Slots,
+
+    pub inline fn of(scales: []const Slots) Outer {
+        var outer: Outer = .{ .most = scales[0], .least = scales[0] };
+        for (scales[1..]) |*scale| inline for (&outer.most, &outer.least, scale) |*high, *low, x| {
+            high.* = @max(high.*, x);
+            low.* = @min(low.*, x);
+        };
+        return outer;
+    }
+};
+
 /// By how many bits, up to 7, the products of each row fall short of 15: the largest weight and the
 /// largest scale are seldom those of one token.
-inline fn spare_bits(
+pub inline fn spare_bits(
     comptime T: type,
     comptime rows: usize,
     slots: *const [rows]Slots,
-    of_scales: []const Slots,
+    outer: *const Outer,
 ) [rows]u4 {
     // Products grow with scales, as no weight is negative: the outermost ones of each slot will do.
-    var most, var least = .{ of_scales[0], of_scales[0] };
-    for (of_scales[1..]) |*scale| inline for (&most, &least, scale) |*high, *low, x| {
-        high.* = @max(high.*, x);
-        low.* = @min(low.*, x);
-    };
     const zero: dot.Halves = @splat(0);
     var used: [rows]U = undefined;
     inline for (&used, slots) |*bits, *row_slots| {
-        const of_most = multiply(row_slots, &most);
+        const of_most = multiply(row_slots, &outer.most);
         var magnitudes: dot.Halves = @max(of_most[0], of_most[1], zero);
         if (!T.half_levels) { // else no scale is negative
-            const of_least = multiply(row_slots, &least);
+            const of_least = multiply(row_slots, &outer.least);
             // ~x has as many bits as the magnitude of a negative x.
             const low: dot.Halves = @min(of_least[0], of_least[1], ~zero);
             magnitudes |= ~low;

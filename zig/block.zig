@@ -7,6 +7,8 @@ const attend = @import("attend.zig");
 const format = @import("format.zig");
 const score = @import("score.zig");
 const tile = @import("tile.zig");
+const tile_values = @import("tile_values.zig");
+const vec = @import("vec.zig");
 const State = @import("state.zig").State;
 const Step = @import("step.zig").Step;
 const Tier = @import("tier.zig").Tier;
@@ -17,6 +19,7 @@ const steps_max = rows_max / score.rows_max;
 
 comptime {
     std.debug.assert(rows_max % tile.rows_multiple == 0);
+    std.debug.assert(steps_max <= tile_values.blocks_max);
 }
 
 pub const Block = struct {
@@ -58,6 +61,7 @@ pub const Block = struct {
     pub fn accumulate(block: *Block, state: State) void {
         if (block.count == 0) return;
         block.compute_logits();
+        if (block.window.codes_for_many) |codes| return block.accumulate_packed(state, codes);
         for (block.steps[0..block.count]) |*step| step.update(state);
         if (block.window.values_for_many == null) {
             for (block.steps[0..block.count]) |*step| step.accumulate(state);
@@ -73,6 +77,39 @@ pub const Block = struct {
             .blocks = &args,
             .rows = &rows,
             .count = block.count,
+        });
+    }
+
+    /// Quantized values: rows that see the whole window follow one another, and go together.
+    fn accumulate_packed(block: *Block, state: State, codes: [*]const u8) void {
+        const steps = block.steps[0..block.count];
+        var together: []Step = steps[0..0];
+        for (steps, 0..) |*step, i| {
+            if (step.sees_all()) {
+                if (together.len == 0) together = steps[i..];
+                together.len = i + 1 - (together.ptr - steps.ptr);
+                continue;
+            }
+            step.update(state);
+            step.accumulate(state);
+        }
+        if (together.len == 0) return;
+        const row = together[0].row;
+        const half = &block.tier.value;
+        block.work.job.table.accumulate_packed[@backingInt(half.format)].?(&.{
+            .values = block.window.values,
+            .codes = codes,
+            .dim = half.dim_stored(),
+            .ahead_of_update = together[0].ahead(block.window.ahead_of_update),
+            .ahead = together[0].ahead(block.window.ahead_of_accumulate),
+            .count = together.len,
+            .scores = block.scores[row - block.row ..].ptr,
+            .running = .{
+                .top = state.top.ptr + row,
+                .sums = state.sums.ptr + row * vec.lanes,
+            },
+            .outputs = state.outputs.ptr + row * state.dim,
+            .output_stride = state.dim,
         });
     }
 

@@ -12,6 +12,7 @@ const encode_k = @import("encode_k.zig");
 const rotate = @import("rotate.zig");
 const rows_file = @import("rows.zig");
 const tile = @import("tile.zig");
+const tile_values = @import("tile_values.zig");
 
 /// Sizes of row blocks that have kernels of their own.
 pub const row_counts = [_]usize{ 1, 2, 3, 4 };
@@ -19,6 +20,8 @@ pub const row_counts = [_]usize{ 1, 2, 3, 4 };
 pub const ScoreFn = *const fn (*const score.ScoreArgs) callconv(.c) void;
 pub const AccumulateFn = *const fn (*const accumulate.AccumulateArgs) callconv(.c) void;
 pub const KeysFn = *const fn (*const tile.KeysArgs) callconv(.c) void;
+pub const LayOutFn = *const fn (*const tile_values.LayOutArgs) callconv(.c) void;
+pub const AccumulateRowsFn = *const fn (*const tile_values.ValuesArgs) callconv(.c) void;
 pub const PageFn = *const fn (*const encode.PageArgs) callconv(.c) void;
 pub const StoreFn = *const fn (*const rows_file.StoreArgs) callconv(.c) bool;
 
@@ -33,6 +36,10 @@ pub const Table = extern struct {
     lay_out_keys: [format.count]?KeysFn,
     score_rows: *const fn (*const tile.ScoreArgs) callconv(.c) void,
     accumulate_rows: *const fn (*const tile.ValuesArgs) callconv(.c) void,
+    /// For many rows; quantized formats only, and not for all instruction sets. The first one is of
+    /// no use to q8.
+    lay_out_values: [format.count]?LayOutFn,
+    accumulate_packed: [format.count]?AccumulateRowsFn,
     /// Quantized formats only.
     encode_keys: [format.count]?PageFn,
     encode_values: [format.count]?PageFn,
@@ -84,6 +91,17 @@ fn fill() Table {
                 tile.lay_out_keys(T, args);
             }
         }.call;
+        const worthwhile = T.quantized and tile_values.worthwhile;
+        t.lay_out_values[f] = if (worthwhile and T.bits < 8) &struct {
+            fn call(args: *const tile_values.LayOutArgs) callconv(.c) void {
+                tile_values.lay_out_values(T, args);
+            }
+        }.call else null;
+        t.accumulate_packed[f] = if (worthwhile) &struct {
+            fn call(args: *const tile_values.ValuesArgs) callconv(.c) void {
+                tile_values.accumulate_rows(T, args);
+            }
+        }.call else null;
         t.store[f] = if (T.quantized) null else &struct {
             fn call(args: *const rows_file.StoreArgs) callconv(.c) bool {
                 return rows_file.store(T, args);

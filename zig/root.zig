@@ -77,6 +77,7 @@ test {
     _ = @import("tier.zig");
     _ = @import("tier_test.zig");
     _ = @import("tile.zig");
+    _ = @import("tile_values.zig");
     _ = @import("vec.zig");
     _ = @import("window.zig");
 }

@@ -117,41 +117,83 @@ pub fn update(args: *const UpdateArgs) void {
 
 fn update_rows(comptime rows: usize, args: *const UpdateArgs) void {
     @setEvalBranchQuota(10_000); // everything below is unrolled
-    const Rows = @Vector(rows, f32);
-    var maxima: [rows]F = undefined;
-    inline for (&maxima, 0..) |*maximum, r| {
-        const logits: [*]const f32 = &args.scores[r];
-        maximum.* = vec.max(
-            vec.max(vec.load(F, logits), vec.load(F, logits + 16)),
-            vec.max(vec.load(F, logits + 32), vec.load(F, logits + 48)),
-        );
-    }
-    const largest = vec.fold_each(.max, F, rows, &maxima);
-    const before: Rows = args.running.top[0..rows].*;
-    // A row that has seen nothing keeps a top far above `hidden`, so that hidden weights are zero.
-    const top = vec.max(before, vec.max(largest, @as(Rows, @splat(hidden / 10))));
-    if (args.any_hidden.*) args.any_hidden.* = sees_hidden(rows, args.scores);
-    const hides = args.any_hidden.*;
-    const corrections: [rows]f32 = exp2(rows, before - top);
-    const largest_weights: Rows = exp2(rows, largest - top);
-    const tops: [rows]f32 = top;
-    // Stored before the weights are made, so that nothing of this waits until they are.
-    args.running.top[0..rows].* = tops;
-    args.corrections[0..rows].* = corrections;
-    args.largest[0..rows].* = largest_weights;
-    inline for (0..rows) |r| {
-        const lanes = args.running.sums + r * vec.lanes;
-        vec.store(lanes, vec.load(F, lanes) * vec.splat(corrections[r]));
-    }
-    var spread = args.ahead.over(rows * format.blocks_per_page);
-    var sums: [rows]F = undefined;
-    inline for (&sums, 0..) |*sum, r| {
-        const running = args.running.sums + r * vec.lanes;
-        sum.* = make_weights(&args.scores[r], tops[r], hides, running, &spread);
-    }
-    const totals: Rows = vec.fold_each(.add, F, rows, &sums);
-    const is_minor = largest_weights <= totals * @as(Rows, @splat(minor_part));
-    @as(*[rows]u8, @ptrCast(args.minor)).* = @as(@Vector(rows, u8), @intFromBool(is_minor));
+    var update_of: Update(rows) = undefined;
+    update_of.begin(args);
+    inline for (0..rows) |r| update_of.weigh(r);
+    update_of.finish();
+}
+
+/// An update in parts, between which something else can be computed.
+pub fn Update(comptime rows: usize) type {
+    return struct {
+        args: UpdateArgs,
+        spread: Spread,
+        hides: bool,
+        tops: [rows]f32,
+        largest: Rows,
+        sums: [rows]F,
+
+        const Rows = @Vector(rows, f32);
+
+        pub inline fn begin(self: *@This(), args: *const UpdateArgs) void {
+            self.args = args.*;
+            self.spread = args.ahead.over(rows * format.blocks_per_page);
+            var maxima: [rows]F = undefined;
+            inline for (&maxima, 0..) |*maximum, r| {
+                const logits: [*]const f32 = &args.scores[r];
+                maximum.* = vec.max(
+                    vec.max(vec.load(F, logits), vec.load(F, logits + 16)),
+                    vec.max(vec.load(F, logits + 32), vec.load(F, logits + 48)),
+                );
+            }
+            const largest = vec.fold_each(.max, F, rows, &maxima);
+            const before: Rows = args.running.top[0..rows].*;
+            // A row that has seen nothing keeps a top far above `hidden`, so that hidden weights
+            // are zero.
+            const top = vec.max(before, vec.max(largest, @as(Rows, @splat(hidden / 10))));
+            if (args.any_hidden.*) args.any_hidden.* = sees_hidden(rows, args.scores);
+            self.hides = args.any_hidden.*;
+            const corrections: [rows]f32 = exp2(rows, before - top);
+            self.largest = exp2(rows, largest - top);
+            self.tops = top;
+            // Stored before the weights are made, so that nothing of this waits until they are.
+            args.running.top[0..rows].* = self.tops;
+            args.corrections[0..rows].* = corrections;
+            args.largest[0..rows].* = self.largest;
+            inline for (0..rows) |r| {
+                const lanes = args.running.sums + r * vec.lanes;
+                vec.store(lanes, vec.load(F, lanes) * vec.splat(corrections[r]));
+            }
+        }
+
+        /// Makes weights of the logits of row `r`.
+        pub inline fn weigh(self: *@This(), r: usize) void {
+            const sums = self.args.running.sums + r * vec.lanes;
+            const scores = &self.args.scores[r];
+            self.sums[r] = make_weights(scores, self.tops[r], self.hides, sums, &self.spread);
+        }
+
+        /// The same, block after block, of a row that sees all slots.
+        pub inline fn weigh_block(self: *@This(), r: usize, b: usize, sum: *F) void {
+            const sums = self.args.running.sums + r * vec.lanes;
+            const logits: [*]f32 = @as([*]f32, &self.args.scores[r]) + b * vec.lanes;
+            if (b == 0) sum.* = vec.load(F, sums);
+            self.spread.turn();
+            const weight = exp2(vec.lanes, vec.load(F, logits) - vec.splat(self.tops[r]));
+            sum.* += weight;
+            vec.store(logits, weight);
+            if (b + 1 < format.blocks_per_page) return;
+            vec.store(sums, sum.*);
+            self.sums[r] = sum.*;
+        }
+
+        pub inline fn finish(self: *const @This()) void {
+            const totals: Rows = vec.fold_each(.add, F, rows, &self.sums);
+            const is_minor = self.largest <= totals * @as(Rows, @splat(minor_part));
+            const minor: @Vector(rows, u8) = @intFromBool(is_minor);
+            @as(*[rows]u8, @ptrCast(self.args.minor)).* = minor;
+        }
+    };
 }
 
 /// Of a row; adds them to its sums.

@@ -106,7 +106,7 @@ pub const Step = struct {
     }
 
     /// One block of rows fetches for all.
-    fn ahead(step: *const Step, lines: Ahead) Ahead {
+    pub fn ahead(step: *const Step, lines: Ahead) Ahead {
         return if (step.row == 0) lines else .none;
     }
 
@@ -218,6 +218,12 @@ pub const Step = struct {
             kernels[rows - 1](&step.accumulate_args(state, first));
             first += rows;
         }
+    }
+
+    /// Whether there are as many rows as kernels take, all of which see all slots.
+    pub fn sees_all(step: *const Step) bool {
+        return step.count == score.rows_max and step.all_seen() and
+            step.work.job.request.mask_kind == .none;
     }
 
     /// Rows from `first` on that see the same slots.

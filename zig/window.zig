@@ -125,6 +125,8 @@ pub const Window = struct {
     /// as f32.
     keys_for_many: ?[*]align(64) const f32,
     values_for_many: ?[*]const u8,
+    /// For kernels that take many rows of quantized values: their codes.
+    codes_for_many: ?[*]const u8,
     /// What the kernels should fetch meanwhile: all of the window that comes next.
     ahead_of_score: Ahead,
     ahead_of_update: Ahead,
@@ -144,6 +146,7 @@ pub const Window = struct {
         window.values = at.values;
         window.keys_for_many = null;
         window.values_for_many = null;
+        window.codes_for_many = null;
         window.base = at.base;
         window.end = @min(seen.end, at.page_end, at.base + format.page_tokens);
         window.all_seen = seen.start_for_all <= at.base and
@@ -199,8 +202,8 @@ pub const Window = struct {
         return (window.slots() + format.block_slots - 1) / format.block_slots;
     }
 
-    /// Makes floating-point keys and values what kernels for many rows read, which changes no bit
-    /// of what is computed. `memory` has room for 64 rows of keys, then 64 of values, as stored.
+    /// Makes keys and values what kernels for many rows read, which changes no bit of what is
+    /// computed. `memory` has room for 64 rows of keys, then 64 of values, as stored.
     pub fn unpack(
         window: *Window,
         table: *const Table,
@@ -218,6 +221,20 @@ pub const Window = struct {
             });
             window.keys_for_many = memory.ptr;
         }
+        const values: [*]f32 = memory[format.page_tokens * key_dim ..].ptr;
+        const f = @backingInt(tier.value.format);
+        if (table.accumulate_packed[f] != null) {
+            window.codes_for_many = window.values;
+            if (table.lay_out_values[f]) |lay_out_values| {
+                const target: [*]u8 = @ptrCast(values);
+                lay_out_values(&.{
+                    .values = window.values,
+                    .dim = tier.value.dim_stored(),
+                    .target = target,
+                });
+                window.codes_for_many = target;
+            }
+        }
         window.values_for_many = switch (tier.value.format) {
             .f32 => window.values,
             .f16, .bf16 => unpack_values(
@@ -225,7 +242,7 @@ pub const Window = struct {
                 tier.value,
                 window.values,
                 window.slots(),
-                memory[format.page_tokens * key_dim ..].ptr,
+                values,
             ),
             else => null,
         };
