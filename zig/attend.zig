@@ -170,7 +170,7 @@ pub const Job = struct {
         var work: Work = .init(job, index / job.units, job.lanes.memory(lane));
         work.next_task = index + job.lanes.count;
         work.prepare_rows(job.cache.run(unit.run));
-        work.run_unit(unit, job.partial(index));
+        _ = work.run_unit(unit, job.partial(index));
     }
 
     fn partial(job: *const Job, index: usize) State {
@@ -189,7 +189,9 @@ pub const Job = struct {
     fn block_task(job: *Job, index: usize) void {
         const lane = job.lanes.take();
         defer job.lanes.give(lane);
-        var work: Work = .init(job, index, job.lanes.memory(lane));
+        // Later queries see more: the shortest tasks come last, and threads end together.
+        const task = if (job.blocks > 1) job.block_tasks() - 1 - index else index;
+        var work: Work = .init(job, task, job.lanes.memory(lane));
         work.next_task = index + job.lanes.count;
         work.fold(.computed);
     }
@@ -294,8 +296,8 @@ pub const Work = struct {
     }
 
     /// Merges all units in order, tier by tier, and writes the outputs. The first unit of a tier
-    /// and the first tier are not merged but taken: merging into an empty state gives the same
-    /// bits.
+    /// and the first tier are not merged but taken, and a tier that no row sees is passed over:
+    /// merging with an empty state gives the same bits.
     fn fold(work: *Work, units: enum { kept, computed }) void {
         const job = work.job;
         work.total.reset();
@@ -304,17 +306,16 @@ pub const Work = struct {
         for (0..job.cache.run_count()) |run| {
             const tier = job.cache.run(run);
             const count = unit_count(tier);
-            if (count == 0) continue;
+            const all = work.seen(.{ .run = run, .start = tier.start, .end = tier.end });
+            if (count == 0 or units == .computed and all.start >= all.end) continue;
             const state = if (index == 0) work.total else work.tier_state;
             if (units == .computed and !std.meta.eql(prepared, tier.key)) work.prepare_rows(tier);
             prepared = tier.key;
             for (0..count) |i| {
+                const target = if (i == 0) state else work.unit_state;
                 const next = switch (units) {
                     .kept => work.kept_unit(index),
-                    .computed => work.computed_unit(
-                        job.unit_of(run, i),
-                        if (i == 0) state else work.unit_state,
-                    ),
+                    .computed => work.run_unit(job.unit_of(run, i), target),
                 };
                 if (i > 0) state.merge(next) else if (units == .kept) state.take(next);
                 index += 1;
@@ -331,11 +332,6 @@ pub const Work = struct {
     fn kept_unit(work: *Work, index: usize) State {
         const task = work.head * work.job.blocks + work.block;
         return work.job.partial(task * work.job.units + index).first_rows(work.rows);
-    }
-
-    fn computed_unit(work: *Work, unit: Unit, state: State) State {
-        work.run_unit(unit, state);
-        return state;
     }
 
     pub fn query_of(work: *const Work, row: usize) usize {
@@ -432,10 +428,11 @@ pub const Work = struct {
         return .{ .tier = work.job.cache.run(unit.run), .position = range.start, .head = head };
     }
 
-    fn run_unit(work: *Work, unit: Unit, state: State) void {
+    fn run_unit(work: *Work, unit: Unit, state: State) State {
         const mine = state.first_rows(work.rows);
         mine.reset();
         work.walk(unit, .{ .state = mine });
+        return mine;
     }
 
     fn fold_mass(work: *Work) void {
