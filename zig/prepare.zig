@@ -46,29 +46,60 @@ pub fn prepare(comptime T: type, args: *const PrepareArgs) void {
     if (args.rotated) rotate.rotate(values);
     if (!T.quantized) return;
 
+    const groups = q.groups();
+    const whole_row = if (T.query_planes == 2) largest(values) else 0;
+    var first: usize = 0;
+    while (first + groups_at_once <= groups) : (first += groups_at_once) {
+        prepare_groups(T, groups_at_once, args, first, whole_row);
+    }
+    while (first < groups) : (first += 1) prepare_groups(T, 1, args, first, whole_row);
+}
+
+/// Groups whose reductions are made together.
+const groups_at_once = 4;
+
+fn prepare_groups(
+    comptime T: type,
+    comptime count: usize,
+    args: *const PrepareArgs,
+    first: usize,
+    whole_row: f32,
+) void {
+    const q = args.query;
+    const Groups = @Vector(count, f32);
     const planes = T.query_planes;
     const words = q.dim / 4;
     const row_planes = q.planes + args.row * 2 * words;
-    const limit: f32 = if (planes == 1) 127 else 63 * 128 + 63;
-    const whole_row = if (planes == 2) largest(values) else 0;
-    for (0..q.groups()) |g| {
-        const part = values[g * format.group ..][0..format.group];
-        const top = if (planes == 2) whole_row else largest(part);
-        // The reciprocal of a subnormal would be infinite; such a query is zero beside any key.
-        const inverse: f32 = if (top > 1e-30) limit / top else 0;
-        q.scales[args.row * q.groups() + g] = top / limit;
-        var sum: I = @splat(0);
-        inline for (0..format.group / vec.lanes) |i| {
-            const x = vec.load(F, part.ptr + i * vec.lanes);
+    const limit: Groups = @splat(if (planes == 1) 127 else 63 * 128 + 63);
+    var parts: [count][2]F = undefined;
+    var maxima: [count]F = undefined;
+    inline for (&parts, &maxima, 0..) |*part, *maximum, i| {
+        const at = q.values + args.row * q.dim + (first + i) * format.group;
+        part.* = .{ vec.load(F, at), vec.load(F, at + vec.lanes) };
+        maximum.* = vec.max(@abs(part[0]), @abs(part[1]));
+    }
+    const top: Groups = if (planes == 2)
+        @splat(whole_row)
+    else
+        vec.fold_each(.max, F, count, &maxima);
+    // The reciprocal of a subnormal would be infinite; such a query is zero beside any key.
+    const worth = top > @as(Groups, @splat(1e-30));
+    const inverses: [count]f32 = @select(f32, worth, limit / top, @as(Groups, @splat(0)));
+    const of_first = args.row * q.groups() + first;
+    q.scales[of_first..][0..count].* = top / limit;
+    var sums: [count]I = undefined;
+    inline for (&sums, parts, inverses, 0..) |*sum, part, inverse, i| {
+        sum.* = @splat(0);
+        inline for (part, 0..) |x, half| {
             const integers = vec.round_to_int(x * vec.splat(inverse));
-            sum +%= integers;
+            sum.* +%= integers;
             const low = if (planes == 1) integers else low_plane(integers);
-            const at = g * format.group / 4 + i * vec.lanes / 4;
+            const at = (first + i) * format.group / 4 + half * vec.lanes / 4;
             vec.store(row_planes + (planes - 1) * words + at, @as(@Vector(16, i8), @truncate(low)));
             if (planes == 2) vec.store(row_planes + at, high_plane(integers, low));
         }
-        q.sums[args.row * q.groups() + g] = @reduce(.Add, sum);
     }
+    q.sums[of_first..][0..count].* = vec.fold_each(.add, I, count, &sums);
 }
 
 fn scale(source: []const f32, factor: f32, target: [*]f32) void {
