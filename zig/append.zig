@@ -73,7 +73,7 @@ pub const Append = struct {
             break;
         }
         errdefer append.cancel_changes(append.changes.len);
-        append.workspace = try .init(cache.rows, count, cache.config.num_kv_heads);
+        append.workspace = try .init(cache.rows, count);
         errdefer append.workspace.deinit();
         if (long) try append.write_ahead();
         return append;
@@ -84,36 +84,20 @@ pub const Append = struct {
     fn write_ahead(append: *Append) Error!void {
         const cache = append.cache;
         const name = cache.body_name();
-        const new = append.changes[@backingInt(name)].filled(cache.tier_of(name), cache.next);
-        if (!cache.config.has_warm()) if (new) |rows| {
-            append.ahead = .{ rows.start, rows.end };
-        };
-        if (append.rest_accepted() and append.new_accepted(new)) return;
+        var new: ?Tier = null;
+        if (!cache.config.has_warm()) {
+            new = append.changes[@backingInt(name)].filled(cache.tier_of(name));
+        }
+        var unchecked = append.source();
+        unchecked.limits = .{ cache.key_limit, cache.value_limit };
+        const rows = if (new) |*rows| rows else null;
+        if (fill_file.fill_and_check(rows, &unchecked, append.tokens, &append.workspace)) {
+            if (new) |written| append.ahead = .{ written.start, written.end };
+            return;
+        }
         try check_values(cache, append.keys, append.values, append.tokens); // says what is wrong
         message.set("the input changed while it was read", .{});
         return error.InvalidArgument;
-    }
-
-    /// Writes the new pages.
-    fn new_accepted(append: *Append, new: ?Tier) bool {
-        var rows = new orelse return true;
-        var unchecked = append.source();
-        unchecked.limits = .{ append.cache.key_limit, append.cache.value_limit };
-        return fill(&rows, rows.start, rows.end, &unchecked, null, &append.workspace);
-    }
-
-    /// Checks what is not written ahead.
-    fn rest_accepted(append: *const Append) bool {
-        const cache = append.cache;
-        const heads = cache.config.num_kv_heads;
-        const first = append.ahead[0] -| cache.next;
-        const end = append.ahead[1] -| cache.next;
-        const keys, const values = .{ &append.keys, &append.values };
-        const key_limit, const value_limit = .{ cache.key_limit, cache.value_limit };
-        return keys.first_refused(0, first, heads, key_limit, true) == null and
-            keys.first_refused(end, append.tokens, heads, key_limit, true) == null and
-            values.first_refused(0, first, heads, value_limit, true) == null and
-            values.first_refused(end, append.tokens, heads, value_limit, true) == null;
     }
 
     fn reserve_tiers(append: *Append) Error!void {
@@ -207,8 +191,8 @@ pub const Append = struct {
         const before = @min(append.ahead[0], tier.end);
         const after = @max(append.ahead[1], start);
         const workspace = &append.workspace;
-        if (start < before) _ = fill(tier, start, before, from, through, workspace);
-        if (after < tier.end) _ = fill(tier, after, tier.end, from, through, workspace);
+        if (start < before) fill(tier, start, before, from, through, workspace);
+        if (after < tier.end) fill(tier, after, tier.end, from, through, workspace);
     }
 
     fn move(append: *Append, name: cache_file.TierName) void {

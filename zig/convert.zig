@@ -138,7 +138,7 @@ fn write(cache: *Cache, fresh: *Cache) Error!void {
     const config = &fresh.config;
     const dims = config.head_dim + config.value_dim;
     const values = cache.len() *| config.num_kv_heads *| dims;
-    var workspace: fill.Workspace = try .init(fresh.rows, values, config.num_kv_heads);
+    var workspace: fill.Workspace = try .init(fresh.rows, values);
     defer workspace.deinit();
     var job: Job = .{ .cache = cache, .fresh = fresh, .workspace = &workspace };
     if (workspace.lanes.count > 1) {

@@ -6,10 +6,13 @@ const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const k_format = @import("k_format.zig");
 const narrow = @import("narrow.zig");
+const rotate = @import("rotate.zig");
 const rows_file = @import("rows.zig");
+const Config = @import("config.zig").Config;
 const F = vec.F;
 const Half = format.Half;
 const Next = rows_file.Next;
+const Rows = rows_file.Rows;
 const Side = format.Side;
 const Spread = rows_file.Spread;
 
@@ -25,42 +28,167 @@ pub const PageArgs = extern struct {
 /// Packs a whole page of 64 tokens.
 pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs) void {
     if (T.half_levels) return encode_k.encode_page(T, side, args);
-    const groups = args.dim / format.group;
-    const scales: [*]u16 = @ptrCast(@alignCast(args.half + groups * T.group_bytes));
-    var ahead = args.ahead.over(groups * format.block_slots);
-    for (0..groups) |g| {
-        var inverses: [format.page_tokens]f32 = undefined;
-        for (0..format.blocks_per_page) |block| {
-            const inverse = encode_scales(T, args, g, block, scales);
-            vec.store(@as([*]f32, &inverses) + block * 16, inverse);
-        }
-        if (side == .key) encode_key_group(
-            T,
-            args,
-            g,
-            &inverses,
-            &ahead,
-        ) else encode_value_group(T, args, g, &inverses, &ahead);
+    var ahead = args.ahead.over(turns(args.dim));
+    const jump = if (side == .key) 4 else format.block_slots;
+    const first = if (side == .key) block_rows else 4;
+    for (0..format.blocks_per_page) |number| {
+        const block: Block(null, jump) = .{
+            .number = number,
+            .rows = args.rows + number * first * args.dim,
+            .given_dim = args.dim,
+        };
+        _ = encode_block(T, side, args.half, block, &ahead);
     }
 }
 
-/// Stores the scales of 16 tokens in a group; returns their inverses.
-fn encode_scales(
+/// Rows where they lie, and what they are packed into.
+pub const PackArgs = extern struct {
+    half: [*]u8,
+    rows: Rows, // of 64 tokens
+    /// Room for 16 rows.
+    memory: [*]f32,
+    dim: usize,
+    /// As of `rows_file.ReadArgs`.
+    tail_format: u32,
+    rotated: bool,
+    limit: f32,
+    /// To be fetched meanwhile.
+    ahead: Next,
+};
+
+/// Reads and packs a whole page of 64 tokens, a quarter at a time, so that rows stay in the nearest
+/// cache. Returns whether all magnitudes are numbers up to `limit`.
+pub fn pack_page(comptime T: type, comptime side: Side, args: *const PackArgs) bool {
+    const highest = switch (args.dim) {
+        inline 64, 128 => |dim| pack_blocks(T, side, dim, args),
+        else => pack_blocks(T, side, null, args),
+    };
+    return within(T, args, highest) or
+        rows_file.check(&.{ .rows = args.rows, .limit = args.limit });
+}
+
+/// Returns the highest magnitudes of what is packed, as bits.
+fn pack_blocks(
     comptime T: type,
-    args: *const PageArgs,
-    g: usize,
-    block: usize,
-    scales: [*]u16,
-) F {
+    comptime side: Side,
+    comptime dim: ?usize,
+    args: *const PackArgs,
+) vec.U {
+    var ahead = args.ahead.over(turns(args.dim));
+    var highest: vec.U = @splat(0);
+    for (0..format.blocks_per_page) |number| {
+        _ = rows_file.read(&.{
+            .rows = args.rows,
+            .first = number * block_rows,
+            .count = block_rows,
+            .in_quads = side == .value,
+            .target = args.memory,
+            .dim_stored = args.dim,
+            .tail_format = args.tail_format,
+            .rotated = args.rotated,
+            .limit = std.math.inf(f32),
+        });
+        const block: Block(dim, 4) = .{
+            .number = number,
+            .rows = args.memory,
+            .given_dim = args.dim,
+        };
+        highest = @max(highest, encode_block(T, side, args.half, block, &ahead));
+    }
+    return highest;
+}
+
+/// Whether it is certain from the groups' outermost values, as bits of magnitudes, that all values
+/// are within the limit. Nearly always it is. Rotated values are at least 1 / sqrt(n) of the
+/// largest one of their block, but for rounding, and none of them is a number if that is none.
+fn within(comptime T: type, args: *const PackArgs, highest: vec.U) bool {
+    if (args.limit == std.math.inf(f32)) return true;
+    if (T.outer_of == .outer and !args.rotated) return false; // which may miss what is no number
+    const block: f32 = @floatFromInt(if (args.rotated) rotate.largest_block(args.dim) else 1);
+    const certain = 0.5 * args.limit / @sqrt(block);
+    return @reduce(.Max, highest) <= @as(u32, @bitCast(certain));
+}
+
+/// Rows that are packed together: four times four that follow each other. Keys' are those of 16
+/// slots in a row. Values' are those of four slots in a row and of the slots 16, 32 and 48 further
+/// on, with which they share words.
+/// From the first of four to the first of the next there are `jump` rows. A known dimension makes
+/// quick addresses.
+fn Block(comptime known_dim: ?usize, comptime jump: usize) type {
+    return struct {
+        number: usize,
+        rows: [*]const f32,
+        given_dim: usize,
+
+        const Self = @This();
+
+        inline fn dim(block: Self) usize {
+            return known_dim orelse block.given_dim;
+        }
+
+        /// Half a group of a row.
+        inline fn part(block: Self, i: usize, g: usize, h: usize) [*]const f32 {
+            const row = i / 4 * jump + i % 4;
+            return block.rows + row * block.dim() + g * format.group + h * vec.lanes;
+        }
+
+        inline fn next_four(block: Self) usize {
+            return jump * block.dim();
+        }
+    };
+}
+
+const block_rows = format.page_tokens / format.blocks_per_page;
+const groups_max = Config.dim_max / format.group;
+
+fn turns(dim: usize) usize {
+    return dim / format.group * format.block_slots;
+}
+
+/// Returns the highest magnitudes, as bits.
+fn encode_block(
+    comptime T: type,
+    comptime side: Side,
+    half: [*]u8,
+    block: anytype,
+    ahead: *Spread,
+) vec.U {
+    const groups = block.dim() / format.group;
+    const scales: [*]u16 = @ptrCast(@alignCast(half + groups * T.group_bytes));
+    var inverses: [groups_max][block_rows]f32 = undefined;
+    var highest: vec.U = @splat(0);
+    for (0..groups) |g| {
+        const largest = find_largest(T, block, g);
+        highest = @max(highest, @as(vec.U, @bitCast(@abs(largest))));
+        const scale = T.scale(largest);
+        inverses[g] = T.inverse(vec.from_f16(16, scale));
+        const of_group = scales + g * format.page_tokens;
+        if (side == .key) vec.store(of_group + block.number * block_rows, scale) else {
+            const quads: [4]u64 = @bitCast(scale);
+            for (quads, 0..) |quad, k| {
+                vec.store(of_group + k * format.block_slots + block.number * 4, quad);
+            }
+        }
+    }
+    for (0..groups) |g| {
+        const codes = half + g * T.group_bytes;
+        if (side == .key)
+            encode_key_group(T, block, g, codes, &inverses[g], ahead)
+        else
+            encode_value_group(T, block, g, codes, &inverses[g], ahead);
+    }
+    return highest;
+}
+
+/// The outermost values of 16 tokens in a group.
+inline fn find_largest(comptime T: type, block: anytype, g: usize) F {
     @setEvalBranchQuota(100_000); // everything below is unrolled
     var ranks: [vec.lanes]T.Rank = undefined;
     inline for (&ranks, 0..) |*rank, t| {
-        const row = args.rows + (block * 16 + t) * args.dim + g * format.group;
-        rank.* = T.outer(T.rank(vec.load(F, row)), T.rank(vec.load(F, row + vec.lanes)));
+        const x = .{ vec.load(F, block.part(t, g, 0)), vec.load(F, block.part(t, g, 1)) };
+        rank.* = T.outer(T.rank(x[0]), T.rank(x[1]));
     }
-    const scale = T.scale(T.unrank(vec.fold_each(T.outer_of, T.Rank, vec.lanes, &ranks)));
-    vec.store(scales + g * format.page_tokens + block * 16, scale);
-    return T.inverse(vec.from_f16(16, scale));
+    return T.unrank(vec.fold_each(T.outer_of, T.Rank, vec.lanes, &ranks));
 }
 
 /// Codes of 16 values of four tokens, of any quantized format: in each quarter four bytes of every
@@ -78,59 +206,57 @@ pub inline fn encode_four(
     return T.clamp(narrow.to_bytes(&rounded));
 }
 
-/// Sixteen tokens at a time: 16 dims of each become four words, a vector for all tokens.
-fn encode_key_group(
+/// 16 dims of each token become four words, a vector for all tokens.
+inline fn encode_key_group(
     comptime T: type,
-    args: *const PageArgs,
+    block: anytype,
     g: usize,
-    inverses: *const [format.page_tokens]f32,
+    codes: [*]u8,
+    inverses: *const [block_rows]f32,
     ahead: *Spread,
 ) void {
     const run_bytes = format.page_tokens * 4;
-    const loads = format.group / 4 / T.chunks_per_load;
-    for (0..format.blocks_per_page) |block| {
-        inline for (0..2) |h| {
-            var words: [4]narrow.Bytes = undefined;
-            inline for (&words, 0..) |*word, k| {
-                const slot = block * 16 + k * 4;
-                if (h == 0) ahead.turn();
-                const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
-                word.* = encode_four(T, rows, args.dim, inverses[slot..][0..4].*);
-            }
-            const chunks = narrow.transpose_vectors(&words);
-            const first = g * loads + h * 4 / T.chunks_per_load;
-            inline for (0..4 / T.chunks_per_load) |k| {
-                const target = args.half + (first + k) * run_bytes + block * 64;
-                vec.store(target, if (T.bits == 8)
-                    chunks[k]
-                else
-                    chunks[2 * k] | chunks[2 * k + 1] << @splat(4));
-            }
+    inline for (0..2) |h| {
+        var words: [4]narrow.Bytes = undefined;
+        inline for (&words, 0..) |*word, k| {
+            if (h == 0) ahead.turn();
+            const rows = block.part(4 * k, g, h);
+            word.* = encode_four(T, rows, block.dim(), inverses[4 * k ..][0..4].*);
+        }
+        const chunks = narrow.transpose_vectors(&words);
+        const first = h * 4 / T.chunks_per_load;
+        inline for (0..4 / T.chunks_per_load) |k| {
+            const target = codes + (first + k) * run_bytes + block.number * 64;
+            vec.store(target, if (T.bits == 8)
+                chunks[k]
+            else
+                chunks[2 * k] | chunks[2 * k + 1] << @splat(4));
         }
     }
 }
 
-fn encode_value_group(
+inline fn encode_value_group(
     comptime T: type,
-    args: *const PageArgs,
+    block: anytype,
     g: usize,
-    inverses: *const [format.page_tokens]f32,
+    codes: [*]u8,
+    inverses: *const [block_rows]f32,
     ahead: *Spread,
 ) void {
-    const loads = format.block_slots / T.chunks_per_load;
-    for (0..loads) |l| {
+    inline for (0..4 / T.chunks_per_load) |l| {
         inline for (0..T.chunks_per_load) |_| ahead.turn();
         inline for (0..2) |h| {
             var words: [T.chunks_per_load]narrow.Bytes = undefined;
             inline for (&words, 0..) |*word, which| {
-                const slot = l * T.chunks_per_load + which;
-                const rows = args.rows + slot * args.dim + g * format.group + h * vec.lanes;
-                const stride = format.block_slots * args.dim;
+                const first = l * T.chunks_per_load + which;
+                const rows = block.part(first, g, h);
                 var of_slots: [4]f32 = undefined;
-                inline for (&of_slots, 0..) |*x, k| x.* = inverses[slot + format.block_slots * k];
-                word.* = narrow.transpose_quarters(encode_four(T, rows, stride, of_slots));
+                inline for (&of_slots, 0..) |*x, k| x.* = inverses[first + 4 * k];
+                const four = encode_four(T, rows, block.next_four(), of_slots);
+                word.* = narrow.transpose_quarters(four);
             }
-            const target = args.half + (g * loads + l) * format.group * 4 + h * 64;
+            const load = block.number * 4 / T.chunks_per_load + l;
+            const target = codes + load * format.group * 4 + h * 64;
             vec.store(target, if (T.bits == 8) words[0] else words[0] | words[1] << @splat(4));
         }
     }
@@ -247,5 +373,40 @@ test "a page packed at once and token by token has the same bytes and values wit
                 );
             }
         }
+    };
+}
+
+test "a page that is read while it is packed has the same bytes, and is refused if it should be" {
+    var prng = std.Random.DefaultPrng.init(12);
+    const dim = 96;
+    var rows: [format.page_tokens * dim]f32 = undefined;
+    for (&rows) |*x| x.* = prng.random().floatNorm(f32);
+    const given: Half = .{ .format = .f32, .dim = dim, .slots = 64, .rotated = false };
+    inline for (.{ format.Q8, format.Q4 }) |T| inline for (.{ Side.key, Side.value }) |side| {
+        var whole: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
+        var read: [format.page_tokens * dim * 2]u8 align(64) = @splat(0);
+        encode_page(T, side, &.{ .half = &whole, .rows = &rows, .dim = dim, .ahead = .none });
+        var memory: [block_rows * dim]f32 = undefined;
+        var args: PackArgs = .{
+            .half = &read,
+            .rows = rows_file.of_half(given, @ptrCast(&rows), format.page_tokens, dim),
+            .memory = &memory,
+            .dim = dim,
+            .tail_format = @backingInt(format.Format.f32),
+            .rotated = false,
+            .limit = 100,
+            .ahead = .none,
+        };
+        try std.testing.expect(pack_page(T, side, &args));
+        try std.testing.expectEqualSlices(u8, &whole, &read);
+        const before = rows[77];
+        defer rows[77] = before;
+        for ([_]bool{ false, true }) |rotated| for ([_]f32{
+            99, 101, std.math.inf(f32), std.math.nan(f32),
+        }, 0..) |x, i| {
+            args.rotated = rotated;
+            rows[77] = x;
+            try std.testing.expectEqual(i == 0, pack_page(T, side, &args));
+        };
     };
 }

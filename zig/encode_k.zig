@@ -126,7 +126,7 @@ inline fn match(comptime T: type, x: [2]F, inverse: f32) struct { F, F } {
 inline fn square_error(comptime T: type, x: [2]F, scale: f32, inverse: f32) F {
     var squares: [2]F = undefined;
     inline for (x, &squares) |part, *square| {
-        const off = part - T.levels(part, vec.splat(inverse)) * vec.splat(scale);
+        const off = vec.minus_exact(part, T.levels(part, vec.splat(inverse)), vec.splat(scale));
         square.* = off * off;
     }
     return squares[0] + squares[1];

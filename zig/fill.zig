@@ -1,6 +1,6 @@
 //! Writes the tokens of an append into pages that are already there: rows are read (from the
-//! caller, or from the tail for tokens that migrate), rounded, rotated and packed. kv heads are
-//! shared out among threads; a head's pages are nobody else's. Called by append.zig; calls the
+//! caller, or from the tail for tokens that migrate), rounded, rotated and packed. Windows of 64
+//! slots are shared out among threads; none is anybody else's. Called by append.zig; calls the
 //! kernel table.
 const std = @import("std");
 const abi = @import("abi.zig");
@@ -15,6 +15,7 @@ const Ahead = @import("ahead.zig").Ahead;
 const Half = format.Half;
 const Input = @import("input.zig").Input;
 const Next = rows_file.Next;
+const Parts = threads.Parts;
 const Side = format.Side;
 const Tier = @import("tier.zig").Tier;
 
@@ -42,9 +43,9 @@ pub const Workspace = struct {
     borrowed: bool,
 
     /// `own` serves appends of few tokens, so that they allocate nothing.
-    pub fn init(own: scratch.Block, values: u64, heads: usize) error{OutOfMemory}!Workspace {
+    pub fn init(own: scratch.Block, values: u64) error{OutOfMemory}!Workspace {
         const workers = if (values < threads.parallel_values_min) 1 else threads.thread_count();
-        const count = @min(workers, heads, scratch.Lanes.count_max);
+        const count = @min(workers, scratch.Lanes.count_max);
         if (count == 1) return .{ .block = own, .lanes = .init(own, 1), .borrowed = false };
         const block = try scratch.acquire(count * own.len);
         const used: scratch.Block = @alignCast(block[0 .. count * own.len]);
@@ -57,8 +58,7 @@ pub const Workspace = struct {
 };
 
 /// Writes the positions [start, end), which `tier` covers. Tokens get into the store as the warm
-/// tier holds them, or would have held them, if there is one: `through`. False if something was
-/// above the source's limits: then what was written is not to be used.
+/// tier holds them, or would have held them, if there is one: `through`.
 pub fn fill(
     tier: *Tier,
     start: u64,
@@ -66,79 +66,175 @@ pub fn fill(
     source: *const Source,
     through: ?*const Tier,
     workspace: *Workspace,
+) void {
+    if (start >= end) return;
+    var job: Job = .init(tier, start, end, source, workspace);
+    job.through = through;
+    job.work(workspace);
+}
+
+/// Writes all of `rows`, if there are any, while the rest of the source's `tokens` is checked; at
+/// once, because starting threads takes long. False if anything was above the source's limits:
+/// then what was written is not to be used.
+pub fn fill_and_check(
+    rows: ?*Tier,
+    source: *const Source,
+    tokens: u64,
+    workspace: *Workspace,
 ) bool {
-    if (start >= end) return true;
-    var job: Job = .{
-        .table = dispatch.table(),
-        .tier = tier,
-        .start = start,
-        .end = end,
-        .source = source,
-        .through = through,
-        .lanes = &workspace.lanes,
+    const start, const end = if (rows) |new| .{ new.start, new.end } else .{ 0, 0 };
+    var job: Job = .init(rows orelse source.tail, start, end, source, workspace);
+    job.checked = .{
+        .first = start -| source.first,
+        .end = end -| source.first,
+        .tokens = tokens,
     };
-    const heads: u32 = @intCast(tier.heads);
-    if (workspace.lanes.count > 1) {
-        threads.run(heads, &job, Job.fill_head);
-    } else for (0..heads) |head| Job.fill_head(&job, @intCast(head));
+    job.work(workspace);
     return !job.refused.load(.monotonic);
 }
 
+/// Tokens of the source: all but [first, end).
+const Rest = struct {
+    first: u64,
+    end: u64,
+    tokens: u64,
+
+    const none: Rest = .{ .first = 0, .end = 0, .tokens = 0 };
+
+    fn count(rest: *const Rest) u64 {
+        return rest.tokens - (rest.end - rest.first);
+    }
+
+    fn token(rest: *const Rest, index: u64) u64 {
+        return if (index < rest.first) index else index - rest.first + rest.end;
+    }
+};
+
 const Job = struct {
     table: *const kernels.Table,
-    tier: *Tier,
+    tier: *const Tier,
     start: u64,
     end: u64,
     source: *const Source,
-    through: ?*const Tier,
+    through: ?*const Tier = null,
+    checked: Rest = .none,
     lanes: *scratch.Lanes,
+    /// Windows of 64 slots of a page, and those of one head in which there is something to write.
+    in_page: u64 = undefined,
+    first_window: u64 = undefined,
+    per_head: u64 = undefined,
+    /// Of the windows of all heads, head after head, and of the tokens that are only checked.
+    windows: Parts = undefined,
+    checks: Parts = undefined,
     refused: std.atomic.Value(bool) = .init(false),
 
-    fn fill_head(context: *anyopaque, head: u32) void {
+    fn init(
+        tier: *const Tier,
+        start: u64,
+        end: u64,
+        source: *const Source,
+        workspace: *Workspace,
+    ) Job {
+        var job: Job = .{
+            .table = dispatch.table(),
+            .tier = tier,
+            .start = start,
+            .end = end,
+            .source = source,
+            .lanes = &workspace.lanes,
+        };
+        job.in_page = std.math.divCeil(u64, tier.tokens_per_page, format.page_tokens) catch
+            unreachable;
+        job.first_window = job.window_of(start);
+        job.per_head = if (start < end) job.window_of(end - 1) - job.first_window + 1 else 0;
+        job.windows = .of(@intCast(job.per_head * tier.heads), workspace.lanes.count);
+        return job;
+    }
+
+    fn work(job: *Job, workspace: *const Workspace) void {
+        job.checks = .of(@intCast(job.checked.count()), workspace.lanes.count);
+        const tasks = job.windows.count() + job.checks.count();
+        if (workspace.lanes.count > 1) {
+            threads.run(tasks, job, run_task);
+        } else for (0..tasks) |task| run_task(job, @intCast(task));
+    }
+
+    fn run_task(context: *anyopaque, task: u32) void {
         const job: *Job = @ptrCast(@alignCast(context));
+        const fills = job.windows.count();
+        if (task < fills) job.fill_windows(task) else job.check(task - fills);
+    }
+
+    fn check(job: *Job, part: u32) void {
+        const source = job.source;
+        const heads = job.tier.heads;
+        const first, const end = job.checks.part(part);
+        for (first..end) |index| {
+            if (job.refused.load(.monotonic)) return;
+            const token = job.checked.token(index);
+            if (source.keys.accepts(token, heads, source.limits.?[0]) and
+                source.values.accepts(token, heads, source.limits.?[1])) continue;
+            job.refused.store(true, .monotonic);
+        }
+    }
+
+    /// The number of a position's window of 64 slots: every page begins with a window.
+    fn window_of(job: *const Job, position: u64) u64 {
+        const per_page = job.tier.tokens_per_page;
+        return position / per_page * job.in_page + position % per_page / format.page_tokens;
+    }
+
+    /// What is to be written of window `index`, of all heads' windows.
+    fn run_of(job: *const Job, index: u64) Run {
+        const per_page = job.tier.tokens_per_page;
+        const window = job.first_window + index % job.per_head;
+        const page_start = window / job.in_page * per_page;
+        const first = page_start + window % job.in_page * format.page_tokens;
+        const position = @max(first, job.start);
+        const end = @min(first + format.page_tokens, page_start + per_page, job.end);
+        return .{
+            .position = position,
+            .slot = @intCast(position - page_start),
+            .count = @intCast(end - position),
+            .head = @intCast(index / job.per_head),
+        };
+    }
+
+    fn fill_windows(job: *Job, part: u32) void {
         const lane = job.lanes.take();
         defer job.lanes.give(lane);
         const rows = job.lanes.memory(lane);
         const tier = job.tier;
-        var position = job.start;
-        while (position < job.end and !job.refused.load(.monotonic)) {
-            const number = position / tier.tokens_per_page;
-            const slot: usize = @intCast(position % tier.tokens_per_page);
-            const room = @min(tier.tokens_per_page - slot, page_room(slot));
-            const run: Run = .{
-                .position = position,
-                .slot = slot,
-                .count = @intCast(@min(job.end - position, room)),
-                .head = head,
-            };
-            const page = tier.page_at(number, head);
-            position += run.count;
+        const first, const end = job.windows.part(part);
+        var run_here = job.run_of(first);
+        for (first..end) |index| {
+            if (job.refused.load(.monotonic)) return;
+            const here = run_here;
+            const page = tier.page_at(here.position / tier.tokens_per_page, here.head);
             // Only what is packed as a whole page has time for this.
-            const whole = run.count == format.page_tokens;
-            const values = if (whole) job.next(.value, run.position, head) else Next.none;
-            job.fill_half(.key, tier.key, tier.keys_of(page), run, rows, values);
-            const more = whole and job.end - position >= format.page_tokens;
-            const keys = if (more) job.next(.key, position, head) else Next.none;
-            job.fill_half(.value, tier.value, tier.values_of(page), run, rows, keys);
+            const whole = here.count == format.page_tokens;
+            const values = if (whole) job.next(.value, here) else Next.none;
+            job.fill_half(.key, tier.key, tier.keys_of(page), here, rows, values);
+            const more = index + 1 < end;
+            if (more) run_here = job.run_of(index + 1);
+            const keys = if (whole and more) job.next(.key, run_here) else Next.none;
+            job.fill_half(.value, tier.value, tier.values_of(page), here, rows, keys);
         }
     }
 
-    /// What fills a half of the page from `position` on, and where.
-    fn next(job: *const Job, comptime side: Side, position: u64, head: u32) Next {
+    /// What fills a half of a window, and where.
+    fn next(job: *const Job, comptime side: Side, coming: Run) Next {
+        // What comes through the warm tier is not read from the tail.
+        if (coming.count < format.page_tokens or job.through != null) return .none;
         const half = job.tier.half(side);
-        const number = position / job.tier.tokens_per_page;
+        const number = coming.position / job.tier.tokens_per_page;
         return .{
-            .rows = job.input_rows(side, position, format.page_tokens, head),
+            .rows = job.given_rows(side, coming),
             .target = if (half.quantized())
-                .of(job.tier.half_at(side, number, head)[0..half.bytes()])
+                .of(job.tier.half_at(side, number, coming.head)[0..half.bytes()])
             else
                 .none,
         };
-    }
-
-    /// Slots from `slot` to the end of its window of 64.
-    fn page_room(slot: usize) usize {
-        return format.page_tokens - slot % format.page_tokens;
     }
 
     /// Consecutive tokens of one head within one page.
@@ -188,9 +284,45 @@ const Job = struct {
             });
             return;
         }
+        if (job.pack(side, half, base, run, rows, ahead)) return;
         job.read(side, half, run, .{ .rows = rows.ptr });
         if (half.centred) job.choose_offsets(side, half, base, run, rows);
         recode.encode_and_fetch(half, side, base, run.slot, run.count, rows.ptr, ahead);
+    }
+
+    /// Reads and packs a whole page at once, if its rows lie in one place and its format can be.
+    fn pack(
+        job: *Job,
+        comptime side: Side,
+        half: Half,
+        base: [*]u8,
+        run: Run,
+        rows: []f32,
+        ahead: Next,
+    ) bool {
+        const f = @backingInt(half.format);
+        const kernel = if (side == .key) job.table.pack_keys[f] else job.table.pack_values[f];
+        if (kernel == null or run.count < format.page_tokens) return false;
+        const given = job.given_rows(side, run);
+        if (given.count == 0) return false;
+        const accepted = kernel.?(&.{
+            .half = base,
+            .rows = given,
+            .memory = rows.ptr,
+            .dim = half.dim_stored(),
+            .tail_format = @backingInt(job.source.tail.key.format),
+            .rotated = half.rotated,
+            .limit = if (run.position < job.source.first) unlimited else job.limit(side),
+            .ahead = ahead,
+        });
+        if (!accepted) job.refused.store(true, .monotonic);
+        return true;
+    }
+
+    /// Up to which magnitude the caller's values are accepted, if that is not known yet.
+    fn limit(job: *const Job, comptime side: Side) f32 {
+        const limits = job.source.limits orelse return unlimited;
+        return limits[@backingInt(side)];
     }
 
     /// Packs the run's rows as the warm tier has them.
@@ -287,17 +419,15 @@ const Job = struct {
         return half.offsets(kept.keys_of(kept.page_at(number, head)));
     }
 
-    /// The caller's rows of a run; none if some of its tokens come from the tail.
-    fn input_rows(
-        job: *const Job,
-        comptime side: Side,
-        position: u64,
-        count: usize,
-        head: usize,
-    ) rows_file.Rows {
-        if (count == 0 or position < job.source.first) return .none;
-        const input = if (side == .key) &job.source.keys else &job.source.values;
-        return input.rows(position - job.source.first, head, count);
+    /// The rows of a run, the caller's or the tail's; none if it has some of both.
+    fn given_rows(job: *const Job, comptime side: Side, coming: Run) rows_file.Rows {
+        const source = job.source;
+        if (coming.position + coming.count <= source.first) {
+            return tail_rows(side, source.tail, coming, coming.count);
+        }
+        if (coming.position < source.first) return .none;
+        const input = if (side == .key) &source.keys else &source.values;
+        return input.rows(coming.position - source.first, coming.head, coming.count);
     }
 
     /// Where rows go at tail precision: to a page that holds just that, or to working memory.
@@ -318,8 +448,7 @@ const Job = struct {
         const input = if (side == .key) &source.keys else &source.values;
         const token = run.position + from_tail - source.first;
         const given = input.rows(token, run.head, run.count - from_tail);
-        const limit = if (source.limits) |limits| limits[@backingInt(side)] else unlimited;
-        const accepted = job.read_rows(given, half, from_tail, target, limit);
+        const accepted = job.read_rows(given, half, from_tail, target, job.limit(side));
         if (source.limits != null and !accepted) job.refused.store(true, .monotonic);
     }
 
@@ -332,7 +461,7 @@ const Job = struct {
         half: Half,
         first: usize,
         target: Target,
-        limit: f32,
+        most: f32,
     ) bool {
         const dim = half.dim_stored();
         return switch (target) {
@@ -340,15 +469,16 @@ const Job = struct {
                 .rows = from,
                 .target = at + first * half.row_bytes(),
                 .dim_stored = dim,
-                .limit = limit,
+                .limit = most,
             }),
             .rows => |rows| job.table.read(&.{
                 .rows = from,
+                .count = from.count,
                 .target = rows + first * dim,
                 .dim_stored = dim,
                 .tail_format = @backingInt(job.source.tail.key.format),
                 .rotated = half.rotated,
-                .limit = limit,
+                .limit = most,
             }),
         };
     }

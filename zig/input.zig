@@ -63,35 +63,28 @@ pub const Input = struct {
 
     /// Refuses what the cache could not give back: NaN, infinities, magnitudes above `limit`.
     pub fn validate(in: *const Input, tokens: u64, heads: usize, limit: f32) Refusal!void {
-        const values = tokens *| heads *| in.dim;
-        const shared = values >= threads.parallel_values_min;
-        const refused = in.first_refused(0, tokens, heads, limit, shared) orelse return;
+        const refused = in.first_refused(tokens, heads, limit) orelse return;
         for (0..heads) |head| switch (in.dtype) {
             inline else => |tag| try in.explain(tag, refused, head, limit),
         };
         unreachable; // one of the rows was refused
     }
 
-    /// The first of the tokens [first, end) that `validate` refuses. `shared` says that other
-    /// threads are to help.
-    pub fn first_refused(
-        in: *const Input,
-        first: u64,
-        end: u64,
-        heads: usize,
-        limit: f32,
-        shared: bool,
-    ) ?u64 {
-        if (first >= end) return null;
+    /// Whether `validate` accepts a token.
+    pub fn accepts(in: *const Input, token: u64, heads: usize, limit: f32) bool {
+        const rows_of = in.rows_at(in.address(token, 0), in.head_stride, heads);
+        return dispatch.table().check(&.{ .rows = rows_of, .limit = limit });
+    }
+
+    fn first_refused(in: *const Input, tokens: u64, heads: usize, limit: f32) ?u64 {
+        const shared = tokens *| heads *| in.dim >= threads.parallel_values_min;
         const parts: usize = if (shared) parts_max else 1;
-        const tokens: usize = @intCast(end - first);
         var validation: Validation = .{
             .input = in,
             .heads = heads,
             .limit = limit,
-            .first = @intCast(first),
-            .end = @intCast(end),
-            .part_tokens = (tokens + parts - 1) / parts,
+            .tokens = @intCast(tokens),
+            .part_tokens = (@as(usize, @intCast(tokens)) + parts - 1) / parts,
         };
         threads.run(@intCast(parts), &validation, Validation.run_part);
         const refused = validation.refused.load(.monotonic);
@@ -106,19 +99,15 @@ pub const Input = struct {
         input: *const Input,
         heads: usize,
         limit: f32,
-        first: usize,
-        end: usize,
+        tokens: usize,
         part_tokens: usize,
         refused: std.atomic.Value(usize) = .init(none),
 
         fn run_part(context: *anyopaque, part: u32) void {
             const self: *Validation = @ptrCast(@alignCast(context));
-            const in = self.input;
-            const table = dispatch.table();
-            const first = @min(self.first + part * self.part_tokens, self.end);
-            for (first..@min(first + self.part_tokens, self.end)) |token| {
-                const rows_of = in.rows_at(in.address(token, 0), in.head_stride, self.heads);
-                if (table.check(&.{ .rows = rows_of, .limit = self.limit })) continue;
+            const first = @min(part * self.part_tokens, self.tokens);
+            for (first..@min(first + self.part_tokens, self.tokens)) |token| {
+                if (self.input.accepts(token, self.heads, self.limit)) continue;
                 _ = self.refused.fetchMin(token, .monotonic);
                 return;
             }

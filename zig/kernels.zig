@@ -23,6 +23,7 @@ pub const KeysFn = *const fn (*const tile.KeysArgs) callconv(.c) void;
 pub const LayOutFn = *const fn (*const tile_values.LayOutArgs) callconv(.c) void;
 pub const AccumulateRowsFn = *const fn (*const tile_values.ValuesArgs) callconv(.c) void;
 pub const PageFn = *const fn (*const encode.PageArgs) callconv(.c) void;
+pub const PackFn = *const fn (*const encode.PackArgs) callconv(.c) bool;
 pub const StoreFn = *const fn (*const rows_file.StoreArgs) callconv(.c) bool;
 
 pub const Table = extern struct {
@@ -43,6 +44,9 @@ pub const Table = extern struct {
     /// Quantized formats only.
     encode_keys: [format.count]?PageFn,
     encode_values: [format.count]?PageFn,
+    /// Those of them whose pages have no offsets, nor scales that are fitted.
+    pack_keys: [format.count]?PackFn,
+    pack_values: [format.count]?PackFn,
     store_offsets: *const fn (*const encode_k.OffsetArgs) callconv(.c) void,
     subtract_offsets: *const fn (*const encode_k.OffsetArgs) callconv(.c) void,
     /// Floating-point formats only.
@@ -86,6 +90,9 @@ fn fill() Table {
         }
         t.encode_keys[f] = if (T.quantized) &page_encoder(T, .key).call else null;
         t.encode_values[f] = if (T.quantized) &page_encoder(T, .value).call else null;
+        const packs = T.quantized and !T.half_levels;
+        t.pack_keys[f] = if (packs) &page_packer(T, .key).call else null;
+        t.pack_values[f] = if (packs) &page_packer(T, .value).call else null;
         t.lay_out_keys[f] = if (T.quantized) null else &struct {
             fn call(args: *const tile.KeysArgs) callconv(.c) void {
                 tile.lay_out_keys(T, args);
@@ -127,6 +134,14 @@ fn page_encoder(comptime T: type, comptime side: format.Side) type {
     return struct {
         fn call(args: *const encode.PageArgs) callconv(.c) void {
             encode.encode_page(T, side, args);
+        }
+    };
+}
+
+fn page_packer(comptime T: type, comptime side: format.Side) type {
+    return struct {
+        fn call(args: *const encode.PackArgs) callconv(.c) bool {
+            return encode.pack_page(T, side, args);
         }
     };
 }

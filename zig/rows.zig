@@ -159,78 +159,106 @@ const Highest = struct {
 
 pub const ReadArgs = extern struct {
     rows: Rows,
+    /// Of the rows, so many from one on, in the order in which they are taken.
+    first: usize = 0,
+    count: usize,
+    /// Whether four rows that follow each other are followed by those 16, 32 and 48 further on.
+    in_quads: bool = false,
     /// (row, dim_stored) f32
     target: [*]f32,
     dim_stored: usize,
     /// What the tail rounds to.
     tail_format: u32,
     rotated: bool,
+    /// If this is infinite, nothing is checked.
     limit: f32,
+
+    /// Where the row is that is taken at some place of the order.
+    inline fn place(args: *const ReadArgs, i: usize) usize {
+        if (!args.in_quads) return i;
+        return i / 16 * 4 + i % 16 / 4 * 16 + i % 4;
+    }
+
+    /// Asks for a row some places ahead, if that is another one.
+    inline fn fetch(args: *const ReadArgs, i: usize, row_bytes: usize) void {
+        if (i < args.rows.count) args.rows.fetch(args.place(i), row_bytes, 3);
+    }
 };
 
 /// Returns whether all magnitudes are numbers up to `limit`.
 pub fn read(args: *const ReadArgs) bool {
     return switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
         inline else => |dtype| switch (@as(abi.Format, @fromBackingInt(args.tail_format))) {
-            inline .f32, .f16, .bf16 => |tail| read_rows(dtype, tail, args),
+            inline .f32, .f16, .bf16 => |tail| if (args.limit == std.math.inf(f32))
+                read_rows(dtype, tail, false, args)
+            else
+                read_rows(dtype, tail, true, args),
             else => unreachable, // config.zig
         },
     };
 }
 
-fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, args: *const ReadArgs) bool {
+fn read_rows(
+    comptime dtype: abi.Dtype,
+    comptime tail: abi.Format,
+    comptime checked: bool,
+    given: *const ReadArgs,
+) bool {
+    const args = given.*; // which the rows that are written cannot be
     const size = @sizeOf(Element(dtype));
     const dim = args.rows.dim;
     if (args.rotated and args.dim_stored == dim) switch (dim) {
-        inline 64, 128 => |n| return read_rotated(dtype, tail, n / vec.lanes, args),
+        inline 64, 128 => |n| return read_rotated(dtype, tail, checked, n / vec.lanes, &args),
         else => {},
     };
     var highest: Highest = .{};
-    for (0..args.rows.count) |r| {
-        args.rows.fetch(r + rows_ahead, dim * size, 3);
-        const source = args.rows.row(r);
+    for (0..args.count) |r| {
+        args.fetch(args.first + r + rows_ahead, dim * size);
+        const source = args.rows.row(args.place(args.first + r));
         const target = args.target[r * args.dim_stored ..][0..args.dim_stored];
         var i: usize = 0;
         while (i + vec.lanes <= dim) : (i += vec.lanes) {
             const x = convert(dtype, vec.lanes, source + i * size);
-            highest.see(x);
+            if (checked) highest.see(x);
             vec.store(target.ptr + i, round(tail, vec.lanes, x));
         }
         while (i < dim) : (i += 1) {
             const x = convert(dtype, 1, source + i * size);
-            highest.see_one(x);
+            if (checked) highest.see_one(x);
             target[i] = round(tail, 1, x)[0];
         }
-        @memset(target[dim..], 0);
+        if (dim < target.len) @memset(target[dim..], 0);
         if (args.rotated) rotate.rotate(target);
     }
-    return highest.within(args.limit);
+    return !checked or highest.within(args.limit);
 }
 
 /// Rows that are one block of the rotation: they stay in registers.
 fn read_rotated(
     comptime dtype: abi.Dtype,
     comptime tail: abi.Format,
+    comptime checked: bool,
     comptime count: usize,
-    args: *const ReadArgs,
+    given: *const ReadArgs,
 ) bool {
+    const args = given.*;
     const size = @sizeOf(Element(dtype));
     const dim = count * vec.lanes;
     var highest: Highest = .{};
-    for (0..args.rows.count) |r| {
-        args.rows.fetch(r + rows_ahead, dim * size, 3);
-        const source = args.rows.row(r);
+    for (0..args.count) |r| {
+        args.fetch(args.first + r + rows_ahead, dim * size);
+        const source = args.rows.row(args.place(args.first + r));
         const target = args.target + r * dim;
         var v: [count]vec.F = undefined;
         inline for (&v, 0..) |*x, i| {
-            const given = convert(dtype, vec.lanes, source + i * vec.lanes * size);
-            highest.see(given);
-            x.* = round(tail, vec.lanes, given);
+            const whole = convert(dtype, vec.lanes, source + i * vec.lanes * size);
+            if (checked) highest.see(whole);
+            x.* = round(tail, vec.lanes, whole);
         }
         rotate.rotate_vectors(count, &v);
         inline for (v, 0..) |x, i| vec.store(target + i * vec.lanes, x);
     }
-    return highest.within(args.limit);
+    return !checked or highest.within(args.limit);
 }
 
 /// Rows lie far apart, where the processor does not look ahead by itself.
@@ -297,6 +325,7 @@ test "rows of every type are read, padded and checked" {
     const f16_tail = @backingInt(abi.Format.f16);
     const args: ReadArgs = .{
         .rows = rows,
+        .count = 2,
         .target = &target,
         .dim_stored = 16,
         .tail_format = f16_tail,

@@ -51,6 +51,9 @@ pub const Lanes = struct {
         return .{ .block = block, .count = count, .free = .init(all) };
     }
 
+    /// The lane that this thread had last, which is in its caches and, written, in nobody else's.
+    threadlocal var latest: std.math.Log2Int(usize) = 0;
+
     pub fn take(lanes: *Lanes) usize {
         while (true) {
             const free = lanes.free.load(.monotonic);
@@ -58,9 +61,11 @@ pub const Lanes = struct {
                 std.atomic.spinLoopHint();
                 continue;
             }
-            const lane = @ctz(free);
-            const without = free & (free - 1);
-            if (lanes.free.cmpxchgWeak(free, without, .acquire, .monotonic) == null) return lane;
+            const own = @as(usize, 1) << latest;
+            const bit = if (free & own != 0) own else free & (~free + 1);
+            if (lanes.free.cmpxchgWeak(free, free & ~bit, .acquire, .monotonic) != null) continue;
+            latest = @intCast(@ctz(bit));
+            return latest;
         }
     }
 

@@ -33,6 +33,28 @@ pub fn run(tasks: u32, context: *anyopaque, task_function: Task) void {
     for (0..tasks) |task| task_function(context, @intCast(task));
 }
 
+/// Equal parts of a number of things, of which each of several threads gets a few.
+pub const Parts = struct {
+    things: usize,
+    each: usize,
+
+    const per_thread = 4;
+
+    pub fn of(things: usize, workers: usize) Parts {
+        const most = if (workers > 1) workers * per_thread else 1;
+        return .{ .things = things, .each = @max(1, (things + most - 1) / most) };
+    }
+
+    pub fn count(parts: *const Parts) u32 {
+        return @intCast((parts.things + parts.each - 1) / parts.each);
+    }
+
+    pub fn part(parts: *const Parts, index: u32) [2]usize {
+        const first = index * parts.each;
+        return .{ first, @min(first + parts.each, parts.things) };
+    }
+};
+
 /// Threads that a job may use, its caller included.
 pub fn thread_count() u32 {
     if (!enabled) return 1;

@@ -393,13 +393,14 @@ pub const Change = struct {
     /// Of `spare`, so many have found their place.
     taken: usize = 0,
 
-    /// The new rows of which an append from position `first` on fills every slot, as a tier of
-    /// their own: they may be written before the move, unseen.
-    pub fn filled(change: *const Change, tier: *const Tier, first: u64) ?Tier {
+    /// The new rows of which the move fills every slot, as a tier of their own: they may be written
+    /// before it, unseen.
+    pub fn filled(change: *const Change, tier: *const Tier) ?Tier {
         if (change.copies or change.spare_len == 0) return null;
         const new = change.first_page + change.kept;
         const per_page = tier.tokens_per_page;
-        const from = std.math.divCeil(u64, @max(first, change.start), per_page) catch unreachable;
+        const first = @max(tier.end, change.start);
+        const from = std.math.divCeil(u64, first, per_page) catch unreachable;
         const begin = @max(new, from);
         var end = new + @min(change.spare_len, change.added);
         while (end > begin and !tier.fills(change, end - 1)) end -= 1;

@@ -132,6 +132,11 @@ pub inline fn min(a: anytype, b: @TypeOf(a)) @TypeOf(a) {
     return @select(f32, a < b, a, b);
 }
 
+/// `a` less the product of `b` and `c`, which is exact, so that fusing them changes nothing.
+pub inline fn minus_exact(a: F, b: F, c: F) F {
+    return if (has.fma) @mulAdd(F, -b, c, a) else a - b * c;
+}
+
 /// Which of the lanes `base`, `base` + 1, ... are in [first, end).
 pub inline fn lanes_within(base: usize, first: usize, end: usize) @Vector(lanes, bool) {
     const index = std.simd.iota(i32, lanes) + @as(I, @splat(@intCast(base)));

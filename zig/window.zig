@@ -258,6 +258,7 @@ pub const Window = struct {
         const dim = half.dim_stored();
         _ = table.read(&.{
             .rows = rows_file.of_half(half, from, count, dim),
+            .count = count,
             .target = target,
             .dim_stored = dim,
             .tail_format = @backingInt(format.Format.f32),
