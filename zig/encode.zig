@@ -6,7 +6,6 @@ const encode_k = @import("encode_k.zig");
 const format = @import("format.zig");
 const k_format = @import("k_format.zig");
 const narrow = @import("narrow.zig");
-const rotate = @import("rotate.zig");
 const rows_file = @import("rows.zig");
 const Config = @import("config.zig").Config;
 const F = vec.F;
@@ -37,7 +36,7 @@ pub fn encode_page(comptime T: type, comptime side: Side, args: *const PageArgs)
             .rows = args.rows + number * first * args.dim,
             .given_dim = args.dim,
         };
-        _ = encode_block(T, side, args.half, block, &ahead);
+        encode_block(T, side, args.half, block, &ahead);
     }
 }
 
@@ -59,25 +58,21 @@ pub const PackArgs = extern struct {
 /// Reads and packs a whole page of 64 tokens, a quarter at a time, so that rows stay in the nearest
 /// cache. Returns whether all magnitudes are numbers up to `limit`.
 pub fn pack_page(comptime T: type, comptime side: Side, args: *const PackArgs) bool {
-    const highest = switch (args.dim) {
-        inline 64, 128 => |dim| pack_blocks(T, side, dim, args),
-        else => pack_blocks(T, side, null, args),
-    };
-    return within(T, args, highest) or
-        rows_file.check(&.{ .rows = args.rows, .limit = args.limit });
+    // A known dimension makes quick addresses.
+    if (vec.wide_registers and args.dim == 128) return pack_blocks(T, side, 128, args);
+    return pack_blocks(T, side, null, args);
 }
 
-/// Returns the highest magnitudes of what is packed, as bits.
 fn pack_blocks(
     comptime T: type,
     comptime side: Side,
     comptime dim: ?usize,
     args: *const PackArgs,
-) vec.U {
+) bool {
     var ahead = args.ahead.over(turns(args.dim));
-    var highest: vec.U = @splat(0);
+    var accepted = true;
     for (0..format.blocks_per_page) |number| {
-        _ = rows_file.read(&.{
+        const within = rows_file.read(&.{
             .rows = args.rows,
             .first = number * block_rows,
             .count = block_rows,
@@ -86,34 +81,23 @@ fn pack_blocks(
             .dim_stored = args.dim,
             .tail_format = args.tail_format,
             .rotated = args.rotated,
-            .limit = std.math.inf(f32),
+            .limit = args.limit,
         });
+        accepted = accepted and within;
         const block: Block(dim, 4) = .{
             .number = number,
             .rows = args.memory,
             .given_dim = args.dim,
         };
-        highest = @max(highest, encode_block(T, side, args.half, block, &ahead));
+        encode_block(T, side, args.half, block, &ahead);
     }
-    return highest;
-}
-
-/// Whether it is certain from the groups' outermost values, as bits of magnitudes, that all values
-/// are within the limit. Nearly always it is. Rotated values are at least 1 / sqrt(n) of the
-/// largest one of their block, but for rounding, and none of them is a number if that is none.
-fn within(comptime T: type, args: *const PackArgs, highest: vec.U) bool {
-    if (args.limit == std.math.inf(f32)) return true;
-    if (T.outer_of == .outer and !args.rotated) return false; // which may miss what is no number
-    const block: f32 = @floatFromInt(if (args.rotated) rotate.largest_block(args.dim) else 1);
-    const certain = 0.5 * args.limit / @sqrt(block);
-    return @reduce(.Max, highest) <= @as(u32, @bitCast(certain));
+    return accepted;
 }
 
 /// Rows that are packed together: four times four that follow each other. Keys' are those of 16
 /// slots in a row. Values' are those of four slots in a row and of the slots 16, 32 and 48 further
 /// on, with which they share words.
-/// From the first of four to the first of the next there are `jump` rows. A known dimension makes
-/// quick addresses.
+/// From the first of four to the first of the next there are `jump` rows.
 fn Block(comptime known_dim: ?usize, comptime jump: usize) type {
     return struct {
         number: usize,
@@ -145,22 +129,18 @@ fn turns(dim: usize) usize {
     return dim / format.group * format.block_slots;
 }
 
-/// Returns the highest magnitudes, as bits.
 fn encode_block(
     comptime T: type,
     comptime side: Side,
     half: [*]u8,
     block: anytype,
     ahead: *Spread,
-) vec.U {
+) void {
     const groups = block.dim() / format.group;
     const scales: [*]u16 = @ptrCast(@alignCast(half + groups * T.group_bytes));
     var inverses: [groups_max][block_rows]f32 = undefined;
-    var highest: vec.U = @splat(0);
     for (0..groups) |g| {
-        const largest = find_largest(T, block, g);
-        highest = @max(highest, @as(vec.U, @bitCast(@abs(largest))));
-        const scale = T.scale(largest);
+        const scale = T.scale(find_largest(T, block, g));
         inverses[g] = T.inverse(vec.from_f16(16, scale));
         const of_group = scales + g * format.page_tokens;
         if (side == .key) vec.store(of_group + block.number * block_rows, scale) else {
@@ -177,7 +157,6 @@ fn encode_block(
         else
             encode_value_group(T, block, g, codes, &inverses[g], ahead);
     }
-    return highest;
 }
 
 /// The outermost values of 16 tokens in a group.

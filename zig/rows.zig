@@ -170,7 +170,6 @@ pub const ReadArgs = extern struct {
     /// What the tail rounds to.
     tail_format: u32,
     rotated: bool,
-    /// If this is infinite, nothing is checked.
     limit: f32,
 
     /// Where the row is that is taken at some place of the order.
@@ -189,26 +188,18 @@ pub const ReadArgs = extern struct {
 pub fn read(args: *const ReadArgs) bool {
     return switch (@as(abi.Dtype, @fromBackingInt(args.rows.dtype))) {
         inline else => |dtype| switch (@as(abi.Format, @fromBackingInt(args.tail_format))) {
-            inline .f32, .f16, .bf16 => |tail| if (args.limit == std.math.inf(f32))
-                read_rows(dtype, tail, false, args)
-            else
-                read_rows(dtype, tail, true, args),
+            inline .f32, .f16, .bf16 => |tail| read_rows(dtype, tail, args),
             else => unreachable, // config.zig
         },
     };
 }
 
-fn read_rows(
-    comptime dtype: abi.Dtype,
-    comptime tail: abi.Format,
-    comptime checked: bool,
-    given: *const ReadArgs,
-) bool {
+fn read_rows(comptime dtype: abi.Dtype, comptime tail: abi.Format, given: *const ReadArgs) bool {
     const args = given.*; // which the rows that are written cannot be
     const size = @sizeOf(Element(dtype));
     const dim = args.rows.dim;
     if (args.rotated and args.dim_stored == dim) switch (dim) {
-        inline 64, 128 => |n| return read_rotated(dtype, tail, checked, n / vec.lanes, &args),
+        inline 64, 128 => |n| return read_rotated(dtype, tail, n / vec.lanes, &args),
         else => {},
     };
     var highest: Highest = .{};
@@ -219,25 +210,24 @@ fn read_rows(
         var i: usize = 0;
         while (i + vec.lanes <= dim) : (i += vec.lanes) {
             const x = convert(dtype, vec.lanes, source + i * size);
-            if (checked) highest.see(x);
+            highest.see(x);
             vec.store(target.ptr + i, round(tail, vec.lanes, x));
         }
         while (i < dim) : (i += 1) {
             const x = convert(dtype, 1, source + i * size);
-            if (checked) highest.see_one(x);
+            highest.see_one(x);
             target[i] = round(tail, 1, x)[0];
         }
         if (dim < target.len) @memset(target[dim..], 0);
         if (args.rotated) rotate.rotate(target);
     }
-    return !checked or highest.within(args.limit);
+    return highest.within(args.limit);
 }
 
 /// Rows that are one block of the rotation: they stay in registers.
 fn read_rotated(
     comptime dtype: abi.Dtype,
     comptime tail: abi.Format,
-    comptime checked: bool,
     comptime count: usize,
     given: *const ReadArgs,
 ) bool {
@@ -252,13 +242,13 @@ fn read_rotated(
         var v: [count]vec.F = undefined;
         inline for (&v, 0..) |*x, i| {
             const whole = convert(dtype, vec.lanes, source + i * vec.lanes * size);
-            if (checked) highest.see(whole);
+            highest.see(whole);
             x.* = round(tail, vec.lanes, whole);
         }
         rotate.rotate_vectors(count, &v);
         inline for (v, 0..) |x, i| vec.store(target + i * vec.lanes, x);
     }
-    return !checked or highest.within(args.limit);
+    return highest.within(args.limit);
 }
 
 /// Rows lie far apart, where the processor does not look ahead by itself.
