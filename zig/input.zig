@@ -78,35 +78,32 @@ pub const Input = struct {
 
     fn first_refused(in: *const Input, tokens: u64, heads: usize, limit: f32) ?u64 {
         const shared = tokens *| heads *| in.dim >= threads.parallel_values_min;
-        const parts: usize = if (shared) parts_max else 1;
+        const workers = if (shared) threads.thread_count() else 1;
         var validation: Validation = .{
             .input = in,
             .heads = heads,
             .limit = limit,
-            .tokens = @intCast(tokens),
-            .part_tokens = (@as(usize, @intCast(tokens)) + parts - 1) / parts,
+            .parts = .of(@intCast(tokens), workers),
         };
-        threads.run(@intCast(parts), &validation, Validation.run_part);
+        threads.run(validation.parts.count(), &validation, Validation.run_part);
         const refused = validation.refused.load(.monotonic);
         return if (refused == none) null else refused;
     }
 
     const none = std.math.maxInt(usize);
-    const parts_max = 32;
 
     /// Looks for the first token that is refused, some tokens at a time.
     const Validation = struct {
         input: *const Input,
         heads: usize,
         limit: f32,
-        tokens: usize,
-        part_tokens: usize,
+        parts: threads.Parts,
         refused: std.atomic.Value(usize) = .init(none),
 
         fn run_part(context: *anyopaque, part: u32) void {
             const self: *Validation = @ptrCast(@alignCast(context));
-            const first = @min(part * self.part_tokens, self.tokens);
-            for (first..@min(first + self.part_tokens, self.tokens)) |token| {
+            const first, const end = self.parts.part(part);
+            for (first..end) |token| {
                 if (self.input.accepts(token, self.heads, self.limit)) continue;
                 _ = self.refused.fetchMin(token, .monotonic);
                 return;
