@@ -315,8 +315,13 @@ const Job = struct {
             .limit = if (run.position < job.source.first) unlimited else job.limit(side),
             .ahead = ahead,
         });
-        if (!accepted) job.refused.store(true, .monotonic);
+        job.note(accepted);
         return true;
+    }
+
+    /// Values without limits were accepted before.
+    fn note(job: *Job, accepted: bool) void {
+        if (job.source.limits != null and !accepted) job.refused.store(true, .monotonic);
     }
 
     /// Up to which magnitude the caller's values are accepted, if that is not known yet.
@@ -448,8 +453,7 @@ const Job = struct {
         const input = if (side == .key) &source.keys else &source.values;
         const token = run.position + from_tail - source.first;
         const given = input.rows(token, run.head, run.count - from_tail);
-        const accepted = job.read_rows(given, half, from_tail, target, job.limit(side));
-        if (source.limits != null and !accepted) job.refused.store(true, .monotonic);
+        job.note(job.read_rows(given, half, from_tail, target, job.limit(side)));
     }
 
     const unlimited = std.math.inf(f32);
