@@ -200,6 +200,7 @@ fn accumulate_planes(
 pub const groups_at_once = 4;
 const Few = @Vector(groups_at_once, f32);
 
+/// Slots of the weights of all rows.
 pub inline fn weight_slots(comptime rows: usize, args: *const AccumulateArgs) [rows]Slots {
     const Rows = @Vector(rows, f32);
     const largest: Rows = args.largest[0..rows].*;

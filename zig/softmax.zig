@@ -176,12 +176,9 @@ pub fn Update(comptime rows: usize) type {
         /// The same, block after block, of a row that sees all slots.
         pub inline fn weigh_block(self: *@This(), r: usize, b: usize, sum: *F) void {
             const sums = self.args.running.sums + r * vec.lanes;
-            const logits: [*]f32 = @as([*]f32, &self.args.scores[r]) + b * vec.lanes;
+            const scores = @as([*]f32, &self.args.scores[r]) + b * vec.lanes;
             if (b == 0) sum.* = vec.load(F, sums);
-            self.spread.turn();
-            const weight = exp2(vec.lanes, vec.load(F, logits) - vec.splat(self.tops[r]));
-            sum.* += weight;
-            vec.store(logits, weight);
+            sum.* += weigh_some(1, scores, self.tops[r], false, &self.spread)[0];
             if (b + 1 < format.blocks_per_page) return;
             vec.store(sums, sum.*);
             self.sums[r] = sum.*;
@@ -208,23 +205,35 @@ inline fn make_weights(
     var sum = vec.load(F, sums);
     comptime var first = 0;
     inline while (first < format.blocks_per_page) : (first += together) {
-        const at = scores + first * vec.lanes;
-        var logits: [together]F = undefined;
-        var offsets: [together]F = undefined;
-        inline for (&logits, &offsets, 0..) |*logit, *offset, b| {
-            spread.turn();
-            logit.* = vec.load(F, at + b * vec.lanes);
-            offset.* = logit.* - vec.splat(top);
-        }
-        var weights = exp2_file.exp2_each(vec.lanes, together, &offsets);
-        inline for (&weights) |weight| sum += weight;
-        if (hides) inline for (&weights, &logits) |*weight, logit| {
-            weight.* = @select(f32, is_hidden(logit), vec.splat(-0.0), weight.*);
-        };
-        inline for (&weights, 0..) |weight, b| vec.store(at + b * vec.lanes, weight);
+        const weights = weigh_some(together, scores + first * vec.lanes, top, hides, spread);
+        inline for (weights) |weight| sum += weight;
     }
     vec.store(sums, sum);
     return sum;
+}
+
+/// Of `count` blocks of 16 slots. Returns them as they are to be added up.
+inline fn weigh_some(
+    comptime count: usize,
+    scores: [*]f32,
+    top: f32,
+    hides: bool,
+    spread: *Spread,
+) [count]F {
+    var logits: [count]F = undefined;
+    var offsets: [count]F = undefined;
+    inline for (&logits, &offsets, 0..) |*logit, *offset, b| {
+        spread.turn();
+        logit.* = vec.load(F, scores + b * vec.lanes);
+        offset.* = logit.* - vec.splat(top);
+    }
+    const weights = exp2_file.exp2_each(vec.lanes, count, &offsets);
+    var stored = weights;
+    if (hides) inline for (&stored, logits) |*weight, logit| {
+        weight.* = @select(f32, is_hidden(logit), vec.splat(-0.0), weight.*);
+    };
+    inline for (stored, 0..) |weight, b| vec.store(scores + b * vec.lanes, weight);
+    return weights;
 }
 
 inline fn is_hidden(logits: F) @Vector(vec.lanes, bool) {

@@ -166,7 +166,7 @@ pub const Step = struct {
 
     /// Logits become weights.
     pub fn update(step: *Step, state: State) void {
-        step.any_hidden = step.work.job.request.mask_kind != .none or !step.all_seen();
+        step.any_hidden = step.may_hide();
         step.work.job.table.update(&.{
             .scores = step.scores,
             .rows = step.count,
@@ -222,8 +222,11 @@ pub const Step = struct {
 
     /// Whether there are as many rows as kernels take, all of which see all slots.
     pub fn sees_all(step: *const Step) bool {
-        return step.count == score.rows_max and step.all_seen() and
-            step.work.job.request.mask_kind == .none;
+        return step.count == score.rows_max and !step.may_hide();
+    }
+
+    fn may_hide(step: *const Step) bool {
+        return step.work.job.request.mask_kind != .none or !step.all_seen();
     }
 
     /// Rows from `first` on that see the same slots.
